@@ -1,0 +1,204 @@
+"""`flex_attention`: what the arguments mean, what is refused, and which backend runs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packflex.attention import ops, reference
+from packflex.attention.reference import ScoreMod
+from packflex.masks.block_mask import BlockMask
+
+BACKENDS = ("triton", "torch", "reference")
+
+
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: ScoreMod | None = None,
+    block_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: dict[str, int] | None = None,
+    *,
+    return_aux: Any = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Attention under a block mask, torch's `flex_attention` with documents first: `softmax(mod(QK^T * scale)) V`.
+
+    Takes torch's arguments, so a switch is one import. Queries that see nothing (a padded tail) have output 0, lse
+    -inf and gradient 0.
+
+    Args:
+        query: [B, Hq, S, D], any strides with a contiguous last axis. float16, bfloat16, float32 (and float64 in the
+            reference backend). Under `torch.autocast` all three are cast to its dtype.
+        key: [B, Hkv, KV_LEN, D].
+        value: [B, Hkv, KV_LEN, Dv].
+        score_mod: `score_mod(score, b, h, q_idx, kv_idx) -> score` on the scaled score.
+        block_mask: a packflex or torch `BlockMask` for these lengths; None lets every query see every key.
+        scale: factor on QK^T; 1 / sqrt(D) by default.
+        enable_gqa: allow Hq to be a multiple of Hkv; query head h reads key head h // (Hq // Hkv). K and V are not
+            repeated in memory.
+        return_lse: also return the log-sum-exp of the scores.
+        kernel_options: Triton tiles to use instead of the tables: any of
+            `packflex.attention.triton.tiles.OPTIONS`, such as `forward_block_m`.
+        return_aux: torch's `AuxRequest`; `AuxRequest(lse=True)` returns `(out, AuxOutput)`.
+        softcap: scores become `softcap * tanh(score / softcap)`, after `score_mod` (Gemma 2, arXiv 2408.00118).
+        sinks: [Hq], a learned logit of each head that joins the softmax and carries no value (gpt-oss).
+        deterministic: None or either bool: every backend of this op that has a backward of its own gives the same bits
+            in each run; `True` refuses backend="torch" with a score_mod, whose gradients to captured tensors may not.
+        backend: "triton", "torch" (its compiled flex_attention) or "reference" (eager, exact); the best for the
+            device and case when None. A backend that is named is used or raises, never replaced.
+
+    Returns:
+        out [B, Hq, S, Dv] in query's dtype (autocast's under autocast), laid out so that `out.transpose(1, 2)` is
+        contiguous. With `return_lse`, `(out, lse)`: lse float32 [B, Hq, S], natural logarithm, sink included,
+        differentiable.
+
+    Raises:
+        ValueError: shapes, mask lengths or head counts that disagree.
+        TypeError: mixed or unsupported dtypes, a `block_mask` that is none.
+        NotImplementedError: what the backend cannot do, with one that can.
+
+    FlexAttention: arXiv 2412.05496. The online softmax: Dao, arXiv 2307.08691.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) if x.is_floating_point() else x for x in (query, key, value))
+    _check_tensors(query, key, value, sinks, enable_gqa)
+    mask = _as_block_mask(block_mask, query, key)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0, or None for no cap; got {softcap}")
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    want_lse = return_lse or _wants_lse(return_aux)
+    backend = _choose_backend(backend, query, mask, score_mod)
+    if kernel_options and backend != "triton":
+        raise ValueError(f'kernel_options are tiles of the Triton kernels; the backend here is "{backend}"')
+    if deterministic and backend == "torch" and score_mod is not None:
+        raise NotImplementedError(
+            "deterministic=True: torch's flex_attention adds gradients of captured tensors in no fixed order; use "
+            'backend="reference"'
+        )
+
+    cap = 0.0 if softcap is None else float(softcap)
+    if backend == "torch":
+        from packflex.attention.torch_flex import torch_flex_attention
+
+        out, lse = torch_flex_attention(query, key, value, mask, score_mod, sinks, scale, cap, want_lse)
+    elif score_mod is None and (mask is None or mask.kv_intervals is not None):
+        kv_intervals, q_intervals = _intervals(mask, query, key)
+        tiles: list[int] = []
+        if backend == "triton":
+            from packflex.attention.triton.tiles import tile_list
+
+            tiles = tile_list(kernel_options)
+        out, lse = ops.attention(query, key, value, kv_intervals, q_intervals, sinks, scale, cap, backend, tiles)
+    else:
+        mask_mod = None if mask is None else mask.mask_mod
+        out, lse = reference.dense_attention(query, key, value, mask_mod, score_mod, sinks, scale, cap)
+
+    if return_aux is not None:
+        from torch.nn.attention.flex_attention import AuxOutput
+
+        return out, AuxOutput(lse=lse if return_aux.lse else None)
+    return (out, lse) if return_lse else out
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, enable_gqa: bool) -> None:
+    named = {"query": query, "key": key, "value": value}
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
+    for name, x in named.items():
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, H, S, D]; got {tuple(x.shape)}")
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {x.dtype}")
+        if x.dtype != query.dtype:
+            dtypes = ", ".join(f"{n} {t.dtype}" for n, t in named.items())
+            raise TypeError(f"query, key and value must have one dtype; got {dtypes}: cast them, or use torch.autocast")
+        if x.device != query.device:
+            raise ValueError(f"query is on {query.device} and {name} on {x.device}; move them to one device")
+    if query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"expected query [B, Hq, S, D], key [B, Hkv, KV_LEN, D], value [B, Hkv, KV_LEN, Dv]; got {shapes}"
+        )
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of key heads; got {heads} and {kv_heads}")
+    if heads != kv_heads and not enable_gqa:
+        raise ValueError(
+            f"{heads} query heads on {kv_heads} key heads is grouped-query attention: pass enable_gqa=True"
+        )
+    if sinks is not None:
+        if sinks.shape != (heads,) or not sinks.is_floating_point():
+            raise ValueError(
+                f"sinks must be {heads} floats, one for each query head; got {sinks.dtype} {tuple(sinks.shape)}"
+            )
+        if sinks.device != query.device:
+            raise ValueError(f"query is on {query.device} and sinks on {sinks.device}; move them to one device")
+
+
+def _as_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> BlockMask | None:
+    if block_mask is None:
+        return None
+    if not isinstance(block_mask, BlockMask):
+        from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
+
+        if not isinstance(block_mask, TorchBlockMask):
+            raise TypeError(
+                f"block_mask must be a packflex or torch BlockMask (document_mask, create_block_mask); "
+                f"got {type(block_mask).__name__}"
+            )
+        block_mask = BlockMask.from_torch(block_mask)
+    wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    batch, heads, *lengths = block_mask.shape
+    if tuple(lengths) != wanted[2:] or batch not in (1, wanted[0]) or heads not in (1, wanted[1]):
+        raise ValueError(
+            f"block_mask is for (B, H, Q_LEN, KV_LEN) = {block_mask.shape}, query and key are for {wanted}: "
+            "build the mask from the layout of this batch"
+        )
+    if block_mask.device != query.device:
+        raise ValueError(f"query is on {query.device} and block_mask on {block_mask.device}: move the layout first")
+    return block_mask
+
+
+def _wants_lse(return_aux: Any) -> bool:
+    if return_aux is None:
+        return False
+    if getattr(return_aux, "max_scores", False):
+        raise NotImplementedError(
+            "return_aux: max_scores is not computed by packflex; use torch's flex_attention for it"
+        )
+    return bool(return_aux.lse)
+
+
+def _choose_backend(backend: str | None, query: Tensor, mask: BlockMask | None, score_mod: ScoreMod | None) -> str:
+    """The backend to run: the named one if it can, otherwise the best for the device and case."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None; got {backend!r}")
+    intervals_only = score_mod is None and (mask is None or mask.kv_intervals is not None)
+    if backend == "triton" and not intervals_only:
+        what = "a score_mod" if score_mod is not None else "a mask_mod (it takes masks of document_mask)"
+        raise NotImplementedError(f'backend="triton" does not run {what} yet; use backend="torch" or "reference"')
+    if backend is not None:
+        return backend
+    if query.device.type != "cuda" or query.dtype == torch.float64:
+        return "reference"
+    return "triton" if intervals_only else "torch"
+
+
+def _intervals(mask: BlockMask | None, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
+    if mask is None:
+        ends = torch.tensor([[0, 0], [kv_len, q_len]], dtype=torch.int32, device=query.device)
+        return ends[:, 0, None, None].expand(2, batch, q_len), ends[:, 1, None, None].expand(2, batch, kv_len)
+    assert mask.kv_intervals is not None
+    assert mask.q_intervals is not None
+    return mask.kv_intervals.expand(2, batch, q_len), mask.q_intervals.expand(2, batch, kv_len)

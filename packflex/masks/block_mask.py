@@ -1,0 +1,331 @@
+"""`BlockMask`: which tiles of the score matrix exist, in torch's field names, as intervals or as index lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from packflex.masks.intervals import tile_ranges
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+DEFAULT_BLOCK_SIZE = 128
+
+
+class BlockLists(NamedTuple):
+    """The tiles that each tile of rows visits, as torch's BlockMask keeps them.
+
+    num_blocks int32 [B, H, T] counts the partly visible tiles, indices int32 [B, H, T, C] lists them first; the
+    `full_` pair does the same for wholly visible tiles.
+    """
+
+    num_blocks: Tensor
+    indices: Tensor
+    full_num_blocks: Tensor
+    full_indices: Tensor
+
+
+class BlockMask:
+    """Block-sparse attention mask of shape (B, H, Q_LEN, KV_LEN).
+
+    Two forms. The *interval* form (`kv_intervals`, `q_intervals`) holds two integers a token and serves any tile
+    size; `document_mask` makes it. The *list* form holds torch's index lists with a `mask_mod` for the elements of
+    partly visible tiles; `create_block_mask` and `from_torch` make it. torch's fields (`kv_num_blocks`,
+    `kv_indices`, ...) can be read on both: an interval mask derives them when asked.
+
+    Attributes:
+        seq_lengths: (Q_LEN, KV_LEN).
+        BLOCK_SIZE: (rows, columns) of a tile in the lists, the ranges and the picture.
+        mask_mod: `mask_mod(b, h, q_idx, kv_idx) -> bool`, the mask of single elements.
+        kv_intervals: int32 [2, B, Q_LEN]: for each query the first key it sees and the end of the keys it sees.
+            None in list form.
+        q_intervals: int32 [2, B, KV_LEN]: for each key the first query that sees it and the end of those. None in
+            list form.
+    """
+
+    seq_lengths: tuple[int, int]
+    BLOCK_SIZE: tuple[int, int]
+    mask_mod: MaskMod
+    kv_intervals: Tensor | None
+    q_intervals: Tensor | None
+
+    def __init__(
+        self,
+        seq_lengths: tuple[int, int],
+        BLOCK_SIZE: tuple[int, int],
+        mask_mod: MaskMod,
+        kv_intervals: Tensor | None = None,
+        q_intervals: Tensor | None = None,
+        kv_lists: BlockLists | None = None,
+    ) -> None:
+        """Take the parts of one form; use `from_intervals`, `from_kv_blocks` or `from_torch`."""
+        self.seq_lengths = seq_lengths
+        self.BLOCK_SIZE = BLOCK_SIZE
+        self.mask_mod = mask_mod
+        self.kv_intervals = kv_intervals
+        self.q_intervals = q_intervals
+        self._given_kv_lists = kv_lists
+
+    # Constructors
+
+    @staticmethod
+    def from_intervals(
+        kv_intervals: Tensor, q_intervals: Tensor, BLOCK_SIZE: int | tuple[int, int] = DEFAULT_BLOCK_SIZE
+    ) -> BlockMask:
+        """Mask from the interval of keys of each query and the interval of queries of each key.
+
+        Args:
+            kv_intervals: int32 [2, B, Q_LEN], half-open; both bounds must only grow along Q_LEN.
+            q_intervals: int32 [2, B, KV_LEN], the same mask seen from the keys.
+            BLOCK_SIZE: tile of the derived lists, ranges and picture; kernels choose their own.
+        """
+        for name, intervals in (("kv_intervals", kv_intervals), ("q_intervals", q_intervals)):
+            if intervals.dim() != 3 or intervals.shape[0] != 2 or intervals.dtype != torch.int32:
+                raise ValueError(f"{name} must be int32 [2, B, S]; got {intervals.dtype} {tuple(intervals.shape)}")
+        if kv_intervals.shape[1] != q_intervals.shape[1]:
+            raise ValueError(
+                f"kv_intervals are for {kv_intervals.shape[1]} rows and q_intervals for {q_intervals.shape[1]}"
+            )
+
+        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return (kv_idx >= kv_intervals[0][b, q_idx]) & (kv_idx < kv_intervals[1][b, q_idx])
+
+        lengths = (kv_intervals.shape[2], q_intervals.shape[2])
+        return BlockMask(lengths, _tile_pair(BLOCK_SIZE), mask_mod, kv_intervals, q_intervals)
+
+    @staticmethod
+    def from_kv_blocks(
+        kv_num_blocks: Tensor,
+        kv_indices: Tensor,
+        full_kv_num_blocks: Tensor | None,
+        full_kv_indices: Tensor | None,
+        BLOCK_SIZE: int | tuple[int, int],
+        mask_mod: MaskMod,
+        seq_lengths: tuple[int, int],
+    ) -> BlockMask:
+        """Mask from torch's index lists; see `BlockLists` for the shapes.
+
+        Raises:
+            ValueError: lists whose shapes disagree with one another or with the lengths.
+        """
+        tile = _tile_pair(BLOCK_SIZE)
+        rows, columns = (-(-length // size) for length, size in zip(seq_lengths, tile, strict=True))
+        if full_kv_num_blocks is None or full_kv_indices is None:
+            full_kv_num_blocks = torch.zeros_like(kv_num_blocks)
+            full_kv_indices = torch.zeros_like(kv_indices)
+        lists = BlockLists(kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices)
+        shape = kv_num_blocks.shape
+        if len(shape) != 3 or shape[2] != rows or kv_indices.shape[:3] != shape or kv_indices.shape[3] > columns:
+            raise ValueError(
+                f"lengths {seq_lengths} in tiles of {tile} need kv_num_blocks [B, H, {rows}] and kv_indices "
+                f"[B, H, {rows}, at most {columns}]; got {tuple(shape)} and {tuple(kv_indices.shape)}"
+            )
+        return BlockMask(seq_lengths, tile, mask_mod, kv_lists=lists)
+
+    @staticmethod
+    def from_torch(block_mask: Any) -> BlockMask:
+        """Mask from a `torch.nn.attention.flex_attention.BlockMask`, sharing its tensors."""
+        return BlockMask.from_kv_blocks(
+            block_mask.kv_num_blocks,
+            block_mask.kv_indices,
+            block_mask.full_kv_num_blocks,
+            block_mask.full_kv_indices,
+            block_mask.BLOCK_SIZE,
+            block_mask.mask_mod,
+            tuple(block_mask.seq_lengths),
+        )
+
+    def to_torch(self) -> Any:
+        """The same mask as a `torch.nn.attention.flex_attention.BlockMask`."""
+        from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
+
+        return TorchBlockMask.from_kv_blocks(
+            self.kv_num_blocks,
+            self.kv_indices,
+            self.full_kv_num_blocks,
+            self.full_kv_indices,
+            BLOCK_SIZE=self.BLOCK_SIZE,
+            mask_mod=self.mask_mod,
+            seq_lengths=self.seq_lengths,
+        )
+
+    # Shape
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, Q_LEN, KV_LEN); B and H are 1 where the mask is the same for all."""
+        if self.kv_intervals is not None:
+            return (self.kv_intervals.shape[1], 1, *self.seq_lengths)
+        assert self._given_kv_lists is not None
+        batch, heads, _ = self._given_kv_lists.num_blocks.shape
+        return (batch, heads, *self.seq_lengths)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the mask's tensors."""
+        return (self.kv_intervals if self.kv_intervals is not None else self.kv_num_blocks).device
+
+    # Ranges and lists
+
+    @cached_property
+    def kv_ranges(self) -> Tensor:
+        """int32 [B, 1, T_q, 4]: `first, first_full, last_full, last` tile of keys for each tile of queries.
+
+        Half-open: tiles first:last are visited, first_full:last_full need no mask. Interval form only.
+        """
+        if self.kv_intervals is None:
+            raise ValueError("kv_ranges exist for interval masks (document_mask); this mask holds index lists")
+        return tile_ranges(self.kv_intervals, *self.BLOCK_SIZE)
+
+    @cached_property
+    def q_ranges(self) -> Tensor:
+        """int32 [B, 1, T_kv, 4]: the same for each tile of keys, in tiles of queries. Interval form only."""
+        if self.q_intervals is None:
+            raise ValueError("q_ranges exist for interval masks (document_mask); this mask holds index lists")
+        return tile_ranges(self.q_intervals, *reversed(self.BLOCK_SIZE))
+
+    @cached_property
+    def _tiles(self) -> tuple[Tensor, Tensor]:
+        """bool [B, H, T_q, T_kv] twice: partly visible tiles, wholly visible tiles."""
+        columns = -(-self.seq_lengths[1] // self.BLOCK_SIZE[1])
+        if self.kv_intervals is not None:
+            first, full_first, full_last, last = self.kv_ranges[..., None].unbind(-2)
+            tile = torch.arange(columns, device=self.device)
+            full = (tile >= full_first) & (tile < full_last)
+            return (tile >= first) & (tile < last) & ~full, full
+        assert self._given_kv_lists is not None
+        lists = self._given_kv_lists
+        return (
+            _listed(lists.num_blocks, lists.indices, columns),
+            _listed(lists.full_num_blocks, lists.full_indices, columns),
+        )
+
+    @cached_property
+    def _kv_lists(self) -> BlockLists:
+        if self._given_kv_lists is not None:
+            return self._given_kv_lists
+        return lists_of_tiles(*self._tiles)
+
+    @cached_property
+    def _q_lists(self) -> BlockLists:
+        partial, full = self._tiles
+        return lists_of_tiles(partial.transpose(-1, -2), full.transpose(-1, -2))
+
+    @property
+    def kv_num_blocks(self) -> Tensor:
+        """int32 [B, H, T_q]: partly visible tiles of keys for each tile of queries."""
+        return self._kv_lists.num_blocks
+
+    @property
+    def kv_indices(self) -> Tensor:
+        """int32 [B, H, T_q, T_kv]: those tiles, the listed ones first."""
+        return self._kv_lists.indices
+
+    @property
+    def full_kv_num_blocks(self) -> Tensor:
+        """int32 [B, H, T_q]: wholly visible tiles of keys for each tile of queries."""
+        return self._kv_lists.full_num_blocks
+
+    @property
+    def full_kv_indices(self) -> Tensor:
+        """int32 [B, H, T_q, T_kv]: those tiles, the listed ones first."""
+        return self._kv_lists.full_indices
+
+    @property
+    def q_num_blocks(self) -> Tensor:
+        """int32 [B, H, T_kv]: partly visible tiles of queries for each tile of keys."""
+        return self._q_lists.num_blocks
+
+    @property
+    def q_indices(self) -> Tensor:
+        """int32 [B, H, T_kv, T_q]: those tiles, the listed ones first."""
+        return self._q_lists.indices
+
+    @property
+    def full_q_num_blocks(self) -> Tensor:
+        """int32 [B, H, T_kv]: wholly visible tiles of queries for each tile of keys."""
+        return self._q_lists.full_num_blocks
+
+    @property
+    def full_q_indices(self) -> Tensor:
+        """int32 [B, H, T_kv, T_q]: those tiles, the listed ones first."""
+        return self._q_lists.full_indices
+
+    # Statistics, moving, showing
+
+    def to_dense(self) -> Tensor:
+        """int32 [B, H, T_q, T_kv]: 1 for each tile that is visited, as torch's method of the same name."""
+        partial, full = self._tiles
+        return (partial | full).to(torch.int32)
+
+    def sparsity(self) -> float:
+        """Share of tiles that are never visited, in percent.
+
+        torch's method of the same name, which counts a ragged edge tile by its elements, gives the same number where
+        the tiles divide the lengths.
+        """
+        visited = self.to_dense()
+        return 100.0 * (1.0 - visited.sum().item() / visited.numel())
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same mask with its tensors on `device`.
+
+        Raises:
+            ValueError: for a list mask that would change device: its `mask_mod` may hold tensors of its own.
+        """
+        if self.device == torch.device(device):
+            return self
+        if self.kv_intervals is None or self.q_intervals is None:
+            raise ValueError(
+                f"this mask's mask_mod may hold tensors on {self.device}; build the mask on {device} with "
+                "create_block_mask(..., device=...)"
+            )
+        return BlockMask.from_intervals(self.kv_intervals.to(device), self.q_intervals.to(device), self.BLOCK_SIZE)
+
+    def to_string(self, batch: int = 0, head: int = 0, max_columns: int = 48) -> str:
+        """Picture of one row's tiles: `█` wholly visible, `░` partly visible, `·` never visited.
+
+        A mask of more than `max_columns` tiles is coarsened: a cell is full only when all its tiles are.
+        """
+        partial, full = (tiles[batch, head].float() for tiles in self._tiles)
+        visited = partial + full
+        step = max(1, -(-max(visited.shape) // max_columns))
+        if step > 1:
+            pool = torch.nn.functional.avg_pool2d
+            visited, full = (pool(x[None], step, ceil_mode=True, count_include_pad=False)[0] for x in (visited, full))
+        cells = torch.where(full == 1, 2, torch.where(visited > 0, 1, 0)).tolist()
+        return "\n".join("".join("·░█"[cell] for cell in row) for row in cells)
+
+    def __repr__(self) -> str:
+        form = "intervals" if self.kv_intervals is not None else "lists"
+        return (
+            f"BlockMask(shape={self.shape}, {form}, BLOCK_SIZE={self.BLOCK_SIZE}, sparsity={self.sparsity():.2f}%, "
+            f"{self.device})\n{self.to_string()}"
+        )
+
+
+def lists_of_tiles(partial: Tensor, full: Tensor) -> BlockLists:
+    """Index lists of bool [B, H, T, C] tiles, listed ones first and in order, the rest after them as torch does."""
+
+    def counted(tiles: Tensor) -> tuple[Tensor, Tensor]:
+        indices = torch.argsort(tiles.to(torch.int32), dim=-1, descending=True, stable=True)
+        return tiles.sum(-1, dtype=torch.int32), indices.to(torch.int32).contiguous()
+
+    return BlockLists(*counted(partial), *counted(full))
+
+
+def _listed(num_blocks: Tensor, indices: Tensor, columns: int) -> Tensor:
+    tiles = torch.zeros((*num_blocks.shape, columns + 1), dtype=torch.bool, device=num_blocks.device)
+    slot = torch.arange(indices.shape[-1], device=indices.device)
+    kept = torch.where(slot < num_blocks[..., None], indices.long(), columns)
+    return tiles.scatter_(-1, kept, True)[..., :columns]
+
+
+def _tile_pair(BLOCK_SIZE: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (BLOCK_SIZE, BLOCK_SIZE) if isinstance(BLOCK_SIZE, int) else tuple(BLOCK_SIZE)
+    if len(pair) != 2 or not all(isinstance(size, int) and size >= 1 for size in pair):
+        raise ValueError(f"BLOCK_SIZE must be one or two positive integers; got {BLOCK_SIZE!r}")
+    return pair

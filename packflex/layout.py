@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -55,6 +56,13 @@ class PackedLayout:
         self.lengths = lengths
         self.seq_len = seq_len
         self._block_masks: dict[Hashable, Any] = {}
+        if not torch.compiler.is_compiling():
+            # The number of documents changes with every batch: a compiled model must not start with a graph for one.
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what defines the layout; masks and views are made again where they are used."""
+        return PackedLayout, (self.cu_seqlens, self.row_offsets, self.lengths, self.seq_len)
 
     # Constructors
 

@@ -1,6 +1,6 @@
 """Compile the attention kernels for sm_80 and sm_90 without a GPU and fail on register spills or serialised wgmma.
 
-python scripts/aot_check.py                    every tile of the tables, bf16 and fp32, with and without softcap and sinks
+python scripts/aot_check.py                            every tile of the tables
 python scripts/aot_check.py --dims 64 --dtypes bf16
 """
 

@@ -71,6 +71,17 @@ def test_to_moves_what_was_made():
     assert moved.num_tokens == 7
 
 
+def test_pickles_after_masks_were_built():
+    from packflex import document_mask
+
+    layout = PackedLayout.from_lengths([[3, 4]], 8)
+    mask = document_mask(layout)
+    copy = pickle.loads(pickle.dumps(layout))
+    assert copy == layout
+    assert document_mask(copy) is not mask
+    assert torch.equal(document_mask(copy).kv_intervals, mask.kv_intervals)
+
+
 def test_repr_says_what_matters():
     layout = PackedLayout.from_lengths([[3, 4], list(range(1, 13))], 80)
     assert repr(layout) == (

@@ -121,10 +121,10 @@ def check_against_oracle(
         backend=backend,
     )
 
-    exact = [x.detach().cpu().masked_fill(padded, 0.0).double().requires_grad_() for x in (q, k, v)]
+    exact_q, exact_k, exact_v = (x.detach().cpu().masked_fill(padded, 0.0).double().requires_grad_() for x in (q, k, v))
     exact_sinks = None if sinks is None else sinks.detach().cpu().double().requires_grad_()
     seen = dense_document_mask(layout, **case.mask_arguments)
-    expected, expected_lse = attention_oracle(*exact[:3], seen, softcap=case.softcap, sinks=exact_sinks)
+    expected, expected_lse = attention_oracle(exact_q, exact_k, exact_v, seen, softcap=case.softcap, sinks=exact_sinks)
     assert_close_to_oracle(out, expected, case.dtype, "out")
     assert_lse_close(lse, expected_lse, case.dtype)
     assert not out.masked_select(padded.to(device)).any(), "output in the padded tail is not 0"
@@ -133,7 +133,7 @@ def check_against_oracle(
     grad_out = torch.randn(out.shape, generator=generator)
     grad_lse = torch.randn(lse.shape, generator=generator)
     leaves = [x for x in (q, k, v, sinks) if x is not None]
-    exact_leaves = [x for x in (*exact, exact_sinks) if x is not None]
+    exact_leaves = [x for x in (exact_q, exact_k, exact_v, exact_sinks) if x is not None]
     # half types see the same rounded gradient as the oracle
     grad_out = grad_out.to(case.dtype)
     real = expected_lse > -torch.inf

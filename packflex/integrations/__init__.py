@@ -1,0 +1,1 @@
+"""Where packflex meets other frameworks: transformers models and Lightning."""

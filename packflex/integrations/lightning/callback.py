@@ -1,0 +1,162 @@
+"""`PackFlexCallback`: packed training for any LightningModule; thin over functions that know no Lightning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+
+from packflex.integrations.lightning.shapes import attention_shape
+from packflex.integrations.transformers import enable_packflex, transformers_models
+from packflex.layout import PackedLayout
+from packflex.masks import document_mask
+from packflex.metrics import AttentionShape, Throughput, matmul_parameters, peak_flops
+from packflex.testing.leaks import check_leaks
+
+
+class PackFlexCallback(L.Callback):
+    """Train on packed batches: `Trainer(callbacks=[PackFlexCallback()])` and a loader with `PackedCollator`.
+
+    Works on a LightningModule that holds transformers models anywhere, and on one whose own layers call
+    `packflex.flex_attention`. It switches the models' attention at `setup`, builds the masks of each batch once on the
+    device for all layers, checks before the first training batch that documents do not leak, and logs throughput.
+
+    Logs `packing/efficiency`; summed over all ranks, `throughput/tokens_per_second` (tokens of documents, not padding)
+    and `throughput/documents_per_second`; and where the device's peak and the model's shape are known,
+    `throughput/mfu`, from the exact FLOPs of each batch.
+
+    Args:
+        backend: of `packflex.flex_attention`: "triton", "torch" or "reference"; the best for the device when None.
+        leak_check: check that documents do not leak, once, and stop training with the finding if they do.
+        forward: for modules without a transformers model, `forward(module, batch) -> logits` that the leak check
+            runs; by default it calls the module with the batch's `input_ids`, `position_ids` and `packed`.
+        window: steps that rates look back on.
+
+    Raises:
+        LeakError: before the first step, when a token of one document changes the logits of another.
+        ValueError: a backend for a module without a transformers model, or a batch without `packed`.
+    """
+
+    def __init__(
+        self,
+        backend: str | None = None,
+        leak_check: bool = True,
+        *,
+        forward: Callable[[L.LightningModule, dict[str, Any]], Any] | None = None,
+        window: int = 20,
+    ) -> None:
+        self.backend = backend
+        self.leak_check = leak_check
+        self._forward = forward
+        self._window = window
+        self._throughput = Throughput(window)
+        self._model: torch.nn.Module | None = None
+        self._windows: set[int | None] = {None}
+        self._attention: AttentionShape | None = None
+        self._parameters = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Switch the attention of every transformers model inside the module."""
+        models = transformers_models(pl_module)
+        if models:
+            enable_packflex(pl_module, self.backend)
+        elif self.backend is not None:
+            raise ValueError(
+                f"PackFlexCallback(backend={self.backend!r}): {type(pl_module).__name__} holds no transformers model "
+                "at setup; pass backend= to packflex.flex_attention in your own layers"
+            )
+        self._model = models[0] if len(models) == 1 else None
+        self._attention = None if self._model is None else attention_shape(self._model)
+        self._windows = {None} if self._attention is None else set(self._attention.windows)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count the weights, once they exist."""
+        self._parameters = matmul_parameters(pl_module)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin anew with the rates."""
+        self._throughput = Throughput(self._window)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin anew with the rates: validation is no training time."""
+        self._throughput = Throughput(self._window)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Check for leaks before the first batch, then build the batch's masks."""
+        self._prepare(batch)
+        if self.leak_check:
+            self.leak_check = False
+            run = self._forward
+            with trainer.precision_plugin.forward_context():
+                check_leaks(
+                    self._model or pl_module,
+                    batch,
+                    forward=None if run is None else lambda probe: run(pl_module, probe),
+                )
+        if not self._throughput.started:
+            self._throughput.update(time.perf_counter())
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Build the batch's masks."""
+        self._prepare(batch)
+
+    def on_test_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Build the batch's masks."""
+        self._prepare(batch)
+
+    def on_predict_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Build the batch's masks."""
+        self._prepare(batch)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch, and log when the trainer logs."""
+        packed = _packed(batch)
+        flops = self._flops(packed)
+        self._throughput.update(time.perf_counter(), packed.num_tokens, packed.num_documents, flops)
+        many = trainer.world_size > 1
+        pl_module.log("packing/efficiency", packed.efficiency, sync_dist=many)
+        rates = self._throughput.rates()
+        if rates is None:
+            return
+        tokens, documents, flops = rates
+        pl_module.log("throughput/tokens_per_second", tokens, prog_bar=True, reduce_fx="sum", sync_dist=many)
+        pl_module.log("throughput/documents_per_second", documents, reduce_fx="sum", sync_dist=many)
+        peak = peak_flops(pl_module.device)
+        if peak is not None and flops:
+            pl_module.log("throughput/mfu", flops / peak, sync_dist=many)
+
+    def _prepare(self, batch: Any) -> PackedLayout:
+        packed = _packed(batch)
+        for window in self._windows:
+            document_mask(packed, causal=True, window=window)
+        return packed
+
+    def _flops(self, packed: PackedLayout) -> float:
+        """Forward and backward FLOPs of a batch; 0 when the model's shape is not known."""
+        if self._attention is None:
+            return 0.0
+        return 6.0 * self._parameters * packed.num_tokens + self._attention.flops(packed)
+
+
+def _packed(batch: Any) -> PackedLayout:
+    packed = batch.get("packed") if isinstance(batch, Mapping) else None
+    if not isinstance(packed, PackedLayout):
+        found = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f"PackFlexCallback needs batches with a PackedLayout under 'packed'; this one has {found}. "
+            "Collate packed rows with packflex.data.collate.PackedCollator"
+        )
+    return packed

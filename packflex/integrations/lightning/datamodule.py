@@ -1,0 +1,68 @@
+"""`PackedDataModule`: packed data sets as loaders that shard, order and resume by themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from packflex.data.collate import PackedCollator
+from packflex.data.loader import PackedLoader
+
+
+class PackedDataModule(L.LightningDataModule):
+    """Loaders of packed rows for training and validation.
+
+    Every rank gets its own rows and equally many batches, so Lightning must not add a sampler; it leaves loaders that
+    are no torch `DataLoader` alone. The training loader's position is saved in Lightning's checkpoints.
+
+    Args:
+        train: packed rows, as `pack_dataset` returns them.
+        heldout: packed rows for validation, or None.
+        seq_len: tokens of a row.
+        batch_size: rows of a batch on each rank.
+        pad_token_id: fills rows up to `seq_len`.
+        order: "shuffle", "balanced" or "sequential"; see `PackedLoader`.
+        seed: of the order.
+        token_cost: for "balanced"; see `packflex.packing.row_costs`.
+        num_workers: processes that read and collate.
+        pin_memory: page-locked batches, for a GPU.
+        heldout_batch_size: rows of a validation batch; `batch_size` by default.
+    """
+
+    def __init__(
+        self,
+        train: Any,
+        heldout: Any = None,
+        *,
+        seq_len: int,
+        batch_size: int,
+        pad_token_id: int = 0,
+        order: str = "shuffle",
+        seed: int = 0,
+        token_cost: float = 0.0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        heldout_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.train, self.heldout = train, heldout
+        self.collate = PackedCollator(seq_len, pad_token_id)
+        self.batch_size = batch_size
+        self.heldout_batch_size = batch_size if heldout_batch_size is None else heldout_batch_size
+        self._options: dict[str, Any] = {"seed": seed, "num_workers": num_workers, "pin_memory": pin_memory}
+        self._order, self._token_cost = order, token_cost
+        if heldout is None:  # Lightning validates wherever val_dataloader is overridden
+            self.__dict__["val_dataloader"] = super().val_dataloader
+
+    def train_dataloader(self) -> PackedLoader:
+        """This rank's training batches."""
+        return self._loader(self.train, self.batch_size, order=self._order, token_cost=self._token_cost)
+
+    def val_dataloader(self) -> PackedLoader:
+        """This rank's validation batches, in order."""
+        return self._loader(self.heldout, self.heldout_batch_size, order="sequential")
+
+    def _loader(self, rows: Any, batch_size: int, **order: Any) -> PackedLoader:
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return PackedLoader(rows, self.collate, batch_size, rank=rank, world_size=ranks, **order, **self._options)

@@ -1,0 +1,119 @@
+"""`CausalLMModule`: a transformers causal language model trained on packed batches, with a token-exact loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of the supervised tokens, and how many there are.
+
+    Args:
+        logits: [B, S, V] any float dtype; the loss is computed in float32.
+        labels: [B, S] int64, -100 where nothing is to be predicted. Position i is predicted from position i - 1; since
+            a document's first label is -100, no document is asked to predict the next one.
+
+    Returns:
+        float32 sum and int64 count, both scalars.
+    """
+    targets = labels[:, 1:].flatten()
+    total = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
+    return total, (targets != -100).sum()
+
+
+class CausalLMModule(L.LightningModule):
+    """Fine-tunes a causal language model on batches of `PackedCollator`.
+
+    The loss of an optimizer step is the sum over supervised tokens divided by their number, over all ranks and all
+    accumulated batches, so every token weighs the same however it was packed. Micro-batches therefore back-propagate
+    sums, and the gradients are divided once, when the number is known: before clipping and before the optimizer.
+
+    Args:
+        model: a transformers causal language model; `PackFlexCallback` switches its attention.
+        optimizer: parameters to optimizer, such as `functools.partial(torch.optim.AdamW, lr=1e-3)`.
+        scheduler: optimizer to learning-rate scheduler, stepped after every optimizer step; None for a constant rate.
+
+    Logs `train/loss` and `train/lr` at each optimizer step and `val/loss` (mean over all supervised tokens) after
+    validation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._make_optimizer = optimizer
+        self._make_scheduler = scheduler
+        self._unit = 0  # tokens of a batch, padding included: keeps the summed loss near 1, the same on every rank
+        self._totals: list[tuple[Tensor, Tensor]] = []  # (loss sum, count) of each batch since the last step
+        self._val_totals: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, **batch: Any) -> Any:
+        """The model's own forward."""
+        return self.model(**batch)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The batch's summed loss in units of its size."""
+        total, count = self._loss(batch)
+        self._unit = self._unit or batch["labels"].numel()
+        self._totals.append((total.detach(), count))
+        return total / self._unit
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the number of supervised tokens behind them, and log the step's loss."""
+        total, count = self._reduced(self._totals)
+        self._totals.clear()
+        # Lightning divided each batch's loss by accumulate_grad_batches, and the ranks' gradients were averaged
+        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        factor = shares * self._unit / max(count, 1.0)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        if count:
+            self.log("train/loss", total / count, prog_bar=True)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Add the batch to the sums."""
+        total, count = self._loss(batch)
+        self._val_totals.append((total.detach(), count))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss over every supervised token of every rank."""
+        total, count = self._reduced(self._val_totals)
+        self._val_totals.clear()
+        if not count:
+            raise ValueError("the held-out documents have no supervised token; check the data's labels")
+        self.log("val/loss", total / count, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer over the parameters that are trained, and the scheduler by steps."""
+        optimizer = self._make_optimizer([p for p in self.parameters() if p.requires_grad])
+        if self._make_scheduler is None:
+            return optimizer
+        scheduler = self._make_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return next_token_loss(self(**inputs).logits, batch["labels"])
+
+    def _reduced(self, totals: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        """Sum and count over the batches and over all ranks."""
+        if not totals:
+            return 0.0, 0.0
+        both = torch.stack([torch.stack([total.double(), count.double()]) for total, count in totals]).sum(0)
+        reduced = self.trainer.strategy.reduce(both, reduce_op="sum")
+        total, count = reduced.tolist()
+        return total, count

@@ -1,0 +1,230 @@
+"""Packing strategies: document lengths to a `PackingPlan`, the same plan for the same seed.
+
+- `best_fit`: fill each row with the longest piece that still fits. Works on counts of lengths, so its time follows the
+  number of different lengths and not that of documents (histogram packing, Krell et al., arXiv 2107.02027; best-fit
+  packing, Ding et al., arXiv 2404.10830).
+- `next_fit`: take documents in order and open a row when the next does not fit. Keeps the order, wastes most.
+- `wrapped`: one long stream, cut at every row. Wastes nothing, cuts documents anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from packflex.packing.plan import PackingPlan
+
+OVERFLOWS = ("split", "truncate", "drop", "error")
+
+
+def best_fit(lengths: Any, seq_len: int, *, overflow: str = "split", seed: int | None = 0) -> PackingPlan:
+    """Plan rows so that each takes the longest piece that still fits.
+
+    Args:
+        lengths: [N] integers, tokens of each document, at least 1.
+        seq_len: tokens of a row.
+        overflow: what becomes of documents longer than a row: "split" into pieces, "truncate" to the row's length,
+            "drop", or "error".
+        seed: shuffles which documents of a length share a row, and the rows. None keeps both in order.
+
+    Raises:
+        ValueError: lengths below 1, an unknown overflow, or with "error" a document that is too long.
+
+    Example:
+        >>> best_fit([3, 4, 7], 8, seed=None).document_indices.tolist()
+        [2, 1, 0]
+    """
+    pieces = _Pieces(lengths, seq_len, overflow)
+    counts = np.bincount(pieces.lengths, minlength=seq_len + 1)
+    rows, repeats = best_fit_patterns(counts, seq_len)
+    flat_lengths = np.concatenate([np.tile(row, k) for row, k in zip(rows, repeats, strict=True)] or [_none()])
+    row_sizes = np.repeat([len(row) for row in rows], repeats).astype(np.int64)
+    # piece of each slot: the slots of a length, in order, take the pieces of that length, in (shuffled) order
+    key = np.int16 if seq_len < 2**15 else np.int64  # numpy sorts 16-bit keys by radix
+    shuffled = _generator(seed).permutation(len(pieces.lengths)) if seed is not None else np.arange(len(pieces.lengths))
+    by_length = shuffled[np.argsort(pieces.lengths[shuffled].astype(key), kind="stable")]
+    chosen = np.empty(len(pieces.lengths), dtype=np.int64)
+    chosen[np.argsort(flat_lengths.astype(key), kind="stable")] = by_length
+    return pieces.plan("best_fit", seed, chosen, row_sizes)
+
+
+def best_fit_patterns(counts: Any, seq_len: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Best fit on counts alone: which lengths fill a row, and how many rows are filled so.
+
+    A row's pattern is repeated for as long as no length in it runs out, which is exactly what filling row after row
+    would do. A pattern leaves fewer of some length than the row takes, and the next pattern to use it uses it up: about
+    two patterns a length at most, whatever the number of documents.
+
+    Args:
+        counts: [seq_len + 1] integers, pieces of each length; `counts[0]` must be 0.
+        seq_len: tokens of a row.
+
+    Returns:
+        The lengths of each pattern's row, longest first, and int64 [patterns] repeats.
+    """
+    left = np.asarray(counts).tolist()
+    if len(left) != seq_len + 1 or left[0]:
+        raise ValueError(
+            f"counts must be {seq_len + 1} integers, none of length 0; got {len(left)}, {left[0]} of length 0"
+        )
+    present = 0  # bit n set: a piece of length n is left
+    for length, count in enumerate(left):
+        if count:
+            present |= 1 << length
+    rows: list[np.ndarray] = []
+    repeats: list[int] = []
+    while present:
+        room, available, pattern = seq_len, present, {}
+        while room:
+            length = (available & ((1 << (room + 1)) - 1)).bit_length() - 1
+            if length <= 0:
+                break
+            times = min(room // length, left[length])
+            pattern[length] = times
+            room -= times * length
+            available &= ~(1 << length)
+        repeat = min(left[length] // times for length, times in pattern.items())
+        for length, times in pattern.items():
+            left[length] -= repeat * times
+            if not left[length]:
+                present &= ~(1 << length)
+        rows.append(np.repeat(list(pattern), list(pattern.values())).astype(np.int64))
+        repeats.append(repeat)
+    return rows, np.array(repeats, dtype=np.int64)
+
+
+def next_fit(lengths: Any, seq_len: int, *, overflow: str = "split", seed: int | None = 0) -> PackingPlan:
+    """Take documents in order (shuffled by `seed`) and open a row when the next does not fit; see `best_fit`."""
+    pieces = _Pieces(lengths, seq_len, overflow)
+    chosen = pieces.in_document_order(seed)
+    ends = np.concatenate([[0], np.cumsum(pieces.lengths[chosen])])
+    bounds = [0]
+    while bounds[-1] < len(chosen):
+        bounds.append(int(np.searchsorted(ends, ends[bounds[-1]] + seq_len, side="right")) - 1)
+    return pieces.plan("next_fit", seed, chosen, np.diff(np.array(bounds, dtype=np.int64)))
+
+
+def wrapped(lengths: Any, seq_len: int, *, overflow: str = "split", seed: int | None = 0) -> PackingPlan:
+    """Join documents in order (shuffled by `seed`) and cut at every row's end; see `best_fit`.
+
+    Only `overflow="split"` has a meaning here, since every document may be cut.
+    """
+    if overflow != "split":
+        raise ValueError(f'strategy "wrapped" cuts documents anywhere: overflow must be "split"; got {overflow!r}')
+    whole = _Pieces(lengths, max(int(np.max(lengths, initial=1)), seq_len), overflow)
+    order = whole.in_document_order(seed)
+    ends = np.concatenate([[0], np.cumsum(whole.lengths[order])])
+    row_cuts = np.arange(0, ends[-1], seq_len)
+    place = np.searchsorted(ends, row_cuts)
+    new = ends[place] != row_cuts  # a row's end that falls on a document's end cuts nothing
+    cuts = np.insert(ends, place[new], row_cuts[new])
+    is_end = np.insert(np.ones(len(ends), dtype=bool), place[new], False)
+    document = np.cumsum(is_end)[:-1] - 1
+    sizes = np.diff(cuts)
+    pieces = whole.recut(order[document], cuts[:-1] - ends[document], sizes, seq_len)
+    row_sizes = np.bincount(cuts[:-1] // seq_len) if len(sizes) else np.zeros(0, dtype=np.int64)
+    return pieces.plan("wrapped", seed, np.arange(len(sizes)), row_sizes)
+
+
+STRATEGIES: dict[str, Callable[..., PackingPlan]] = {"best_fit": best_fit, "next_fit": next_fit, "wrapped": wrapped}
+
+
+def plan_rows(
+    lengths: Any, seq_len: int, strategy: str = "best_fit", *, overflow: str = "split", seed: int | None = 0
+) -> PackingPlan:
+    """Plan rows by the name of a strategy: "best_fit", "next_fit" or "wrapped".
+
+    Raises:
+        ValueError: an unknown strategy, and what the strategy raises.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
+    return STRATEGIES[strategy](lengths, seq_len, overflow=overflow, seed=seed)
+
+
+class _Pieces:
+    """Documents after overflow: arrays of pieces, and the counts of what was cut or left out."""
+
+    def __init__(self, lengths: Any, seq_len: int, overflow: str) -> None:
+        raw = np.asarray(lengths)
+        if raw.ndim != 1 or (raw.size and not np.issubdtype(raw.dtype, np.integer)):
+            raise ValueError(f"lengths must be a one-dimensional array of integers; got {raw.dtype} {raw.shape}")
+        if seq_len < 1:
+            raise ValueError(f"seq_len must be at least 1; got {seq_len}")
+        if overflow not in OVERFLOWS:
+            raise ValueError(f"overflow must be one of {', '.join(OVERFLOWS)}; got {overflow!r}")
+        sizes = raw.astype(np.int64)
+        if (sizes < 1).any():
+            at = int(np.argmax(sizes < 1))
+            raise ValueError(f"document {at} has length {sizes[at]}; remove empty documents before packing")
+        self.seq_len, self.overflow, self.num_documents = seq_len, overflow, len(sizes)
+        self.num_split = self.num_truncated = self.truncated_tokens = self.num_dropped = self.dropped_tokens = 0
+        self.documents = np.arange(len(sizes))
+        self.starts = np.zeros(len(sizes), dtype=np.int64)
+        self.lengths = sizes
+        too_long = sizes > seq_len
+        if too_long.any():
+            getattr(self, f"_{overflow}")(too_long)
+
+    def _error(self, too_long: np.ndarray) -> None:
+        at = int(np.argmax(too_long))
+        raise ValueError(
+            f"{int(too_long.sum())} documents are longer than seq_len={self.seq_len}, the first is document {at} with "
+            f'{self.lengths[at]} tokens; use overflow="split", "truncate" or "drop", or longer rows'
+        )
+
+    def _truncate(self, too_long: np.ndarray) -> None:
+        self.num_truncated = int(too_long.sum())
+        self.truncated_tokens = int((self.lengths[too_long] - self.seq_len).sum())
+        self.lengths = np.minimum(self.lengths, self.seq_len)
+
+    def _drop(self, too_long: np.ndarray) -> None:
+        self.num_dropped = int(too_long.sum())
+        self.dropped_tokens = int(self.lengths[too_long].sum())
+        self.documents, self.starts, self.lengths = (x[~too_long] for x in (self.documents, self.starts, self.lengths))
+
+    def _split(self, too_long: np.ndarray) -> None:
+        self.num_split = int(too_long.sum())
+        parts = -(-self.lengths // self.seq_len)
+        first = np.cumsum(parts) - parts
+        self.documents = np.repeat(self.documents, parts)
+        self.starts = (np.arange(parts.sum()) - np.repeat(first, parts)) * self.seq_len
+        self.lengths = np.minimum(np.repeat(self.lengths, parts) - self.starts, self.seq_len)
+
+    def in_document_order(self, seed: int | None) -> np.ndarray:
+        """Indices of pieces, documents in their own order or shuffled, pieces of a document in turn."""
+        if seed is None:
+            return np.arange(len(self.lengths))
+        rank = _generator(seed).permutation(self.num_documents)
+        return np.argsort(rank[self.documents], kind="stable")
+
+    def recut(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> _Pieces:
+        """The same documents cut into other pieces."""
+        self.documents, self.starts, self.lengths, self.seq_len = documents, starts, lengths, seq_len
+        self.num_split = int((np.bincount(documents, minlength=self.num_documents) > 1).sum())
+        return self
+
+    def plan(self, strategy: str, seed: int | None, chosen: np.ndarray, row_sizes: np.ndarray) -> PackingPlan:
+        """The plan whose rows hold `row_sizes` of the `chosen` pieces each, rows shuffled by `seed`."""
+        offsets = np.concatenate([[0], np.cumsum(row_sizes)]).astype(np.int64)
+        if seed is not None:
+            order = _generator(seed, 1).permutation(len(row_sizes))
+            sizes = row_sizes[order]
+            shuffled = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+            chosen = chosen[np.repeat(offsets[order] - shuffled[:-1], sizes) + np.arange(len(chosen))]
+            offsets = shuffled
+        return PackingPlan(
+            self.documents[chosen], self.starts[chosen], self.lengths[chosen], offsets,
+            self.seq_len, strategy, self.overflow, seed, self.num_documents,
+            self.num_split, self.num_truncated, self.truncated_tokens, self.num_dropped, self.dropped_tokens,
+        )  # fmt: skip
+
+
+def _generator(seed: int, stream: int = 0) -> np.random.Generator:
+    return np.random.default_rng([stream, seed])
+
+
+def _none() -> np.ndarray:
+    return np.zeros(0, dtype=np.int64)

@@ -1,0 +1,225 @@
+"""Lightning: token-exact loss over accumulation, the callback's checks and logs, exact resume, the README's example."""
+
+import functools
+import logging
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from packflex import document_mask, flex_attention, pack_dataset
+from packflex.integrations.lightning import CausalLMModule, PackedDataModule, PackFlexCallback
+from packflex.integrations.lightning.module import next_token_loss
+from packflex.testing.leaks import LeakError
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*The number of training batches:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*You are trying to `self.log.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty:UserWarning"),
+]
+
+SEQ_LEN = 48
+
+
+def tiny_model(seed=0, **options):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **options,
+    )
+    return LlamaForCausalLM(config)
+
+
+def packed_rows(count=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 30, (count,), generator=generator).tolist()
+    documents = [torch.randint(1, 64, (n,), generator=generator).tolist() for n in lengths]
+    labels = [[-100 if i < n // 3 else t for i, t in enumerate(d)] for n, d in zip(lengths, documents, strict=True)]
+    return pack_dataset(Dataset.from_dict({"input_ids": documents, "labels": labels}), SEQ_LEN)
+
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+
+
+def trainer(tmp_path, callbacks=(), **options):
+    defaults = {"max_steps": 3, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    defaults |= {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "default_root_dir": tmp_path}
+    return L.Trainer(callbacks=list(callbacks), **(defaults | options))
+
+
+class Recorder(L.Callback):
+    """What was logged at each optimizer step, and the gradients just before it."""
+
+    def __init__(self):
+        self.losses, self.gradients, self.metrics = [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.metrics.append(metrics)
+        if "train/loss" in metrics:
+            self.losses.append(metrics["train/loss"])
+
+    def on_train_end(self, trainer, pl_module):
+        self.gradients = [p.grad.clone() for p in pl_module.parameters()]
+
+
+def exact_gradients(model, rows):
+    """Gradients of the mean over all supervised tokens of `rows`, each document alone, unpacked and unpadded."""
+    reference = tiny_model()
+    reference.load_state_dict(model.state_dict())
+    reference.set_attn_implementation("eager")
+    total, count = 0.0, 0
+    for row in rows:
+        start = 0
+        for length in row["lengths"]:
+            ids, labels = (torch.tensor(row[name][start : start + length])[None] for name in ("input_ids", "labels"))
+            if length > 1:
+                loss, supervised = next_token_loss(reference(ids, use_cache=False).logits, labels)
+                total, count = total + loss, count + int(supervised)
+            start += length
+    (total / count).backward()
+    return float(total.detach()) / count, [p.grad for p in reference.parameters()]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(1, 4), (2, 2), (4, 1)])
+def test_micro_batches_give_the_gradient_of_the_one_big_batch(tmp_path, batch_size, accumulate):
+    rows = packed_rows()
+    model = tiny_model()
+    expected_loss, expected = exact_gradients(model, rows.select(range(4)))
+    recorder = Recorder()
+    data = PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=batch_size, order="sequential")
+    fit = trainer(tmp_path, [PackFlexCallback(), recorder], max_steps=1, accumulate_grad_batches=accumulate)
+    fit.fit(CausalLMModule(model, SGD), data)
+    assert recorder.losses[-1] == pytest.approx(expected_loss, rel=1e-5)
+    for ours, exact in zip(recorder.gradients, expected, strict=True):
+        assert torch.allclose(ours, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_callback_logs_what_the_batch_holds(tmp_path):
+    recorder = Recorder()
+    rows = packed_rows()
+    data = PackedDataModule(rows, rows, seq_len=SEQ_LEN, batch_size=2)
+    module = CausalLMModule(tiny_model(), SGD)
+    fit = trainer(tmp_path, [PackFlexCallback(), recorder], max_steps=4)
+    fit.fit(module, data)
+    assert module.model.config._attn_implementation == "packflex"
+    last = recorder.metrics[-1]
+    assert 0.5 < last["packing/efficiency"] <= 1
+    assert last["throughput/tokens_per_second"] > last["throughput/documents_per_second"] > 0
+    assert "throughput/mfu" not in last, "no peak is known for a CPU"
+    losses = [fit.validate(module, data, verbose=False)[0]["val/loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(exact_gradients(module.model, rows)[0], rel=1e-5)
+
+
+class LeakyAttention(torch.nn.Module):
+    """A module of the user's own that forgets its block mask in the second half of training code."""
+
+    def __init__(self, masked):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(64, 32), torch.nn.Linear(32, 64)
+        self.masked = masked
+
+    def forward(self, input_ids, packed, **_):
+        x = self.embed(input_ids)
+        q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        mask = document_mask(packed) if self.masked else None
+        return self.head(flex_attention(q, q, q, block_mask=mask).transpose(1, 2).flatten(2))
+
+
+class OwnModule(L.LightningModule):
+    def __init__(self, masked=True):
+        super().__init__()
+        self.net = LeakyAttention(masked)
+
+    def forward(self, input_ids, packed, **_):
+        return self.net(input_ids, packed)
+
+    def training_step(self, batch, batch_idx):
+        total, count = next_token_loss(self(**batch), batch["labels"])
+        return total / count
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_any_module_that_calls_flex_attention(tmp_path):
+    data = PackedDataModule(packed_rows(), seq_len=SEQ_LEN, batch_size=2)
+    recorder = Recorder()
+    trainer(tmp_path, [PackFlexCallback(), recorder]).fit(OwnModule(), data)
+    assert recorder.metrics[-1]["throughput/tokens_per_second"] > 0
+    with pytest.raises(ValueError, match="holds no transformers model"):
+        trainer(tmp_path, [PackFlexCallback(backend="reference")]).fit(OwnModule(), data)
+
+
+def test_a_leaking_module_is_stopped_before_the_first_step(tmp_path):
+    data = PackedDataModule(packed_rows(), seq_len=SEQ_LEN, batch_size=2)
+    module = OwnModule(masked=False)
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises(LeakError, match="document"):
+        trainer(tmp_path, [PackFlexCallback()]).fit(module, data)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    trainer(tmp_path, [PackFlexCallback(leak_check=False)]).fit(module, data)
+
+
+def test_a_batch_without_layout_is_refused(tmp_path):
+    loader = torch.utils.data.DataLoader([{"input_ids": torch.ones(4, dtype=torch.long)}] * 4, batch_size=2)
+    with pytest.raises(ValueError, match=r"PackedLayout under 'packed'; this one has input_ids.*PackedCollator"):
+        trainer(tmp_path, [PackFlexCallback()]).fit(OwnModule(), loader)
+
+
+@pytest.mark.parametrize("stop", [2, 5, 7])
+def test_resume_gives_the_losses_of_the_unbroken_run(tmp_path, stop):
+    rows = packed_rows()
+
+    def run(max_steps, ckpt_path=None):
+        recorder = Recorder()
+        checkpoint = L.pytorch.callbacks.ModelCheckpoint(tmp_path / str(stop), save_last=True, save_top_k=0)
+        adam = functools.partial(torch.optim.AdamW, lr=1e-2)
+        decay = functools.partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.1, total_iters=10)
+        module = CausalLMModule(tiny_model(), adam, decay)
+        data = PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=3)
+        fit = trainer(
+            tmp_path, [PackFlexCallback(), recorder, checkpoint], max_steps=max_steps, enable_checkpointing=True
+        )
+        fit.fit(module, data, ckpt_path=ckpt_path, weights_only=False)
+        fit.save_checkpoint(tmp_path / str(stop) / "stopped.ckpt")
+        return recorder.losses, [p.detach().clone() for p in module.parameters()]
+
+    losses, weights = run(10)
+    run(stop)
+    resumed_losses, resumed = run(10, tmp_path / str(stop) / "stopped.ckpt")
+    assert resumed_losses == losses[stop:]
+    assert all(torch.equal(a, b) for a, b in zip(weights, resumed, strict=True))
+
+
+def test_readme_example_runs(tmp_path, monkeypatch):
+    """The README's Lightning example, exactly as printed there."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    code = text.split("<!-- lightning-example -->")[1].split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) <= 25
+    monkeypatch.chdir(tmp_path)
+    namespace = {"model_path": tmp_path / "model", "documents": packed_documents()}
+    tiny_model().save_pretrained(tmp_path / "model")
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert namespace["trainer"].global_step == 5
+
+
+def packed_documents():
+    generator = torch.Generator().manual_seed(0)
+    return Dataset.from_dict(
+        {"input_ids": [torch.randint(1, 64, (n,), generator=generator).tolist() for n in range(2, 90)]}
+    )

@@ -20,6 +20,8 @@ class PackingPlan:
     Example: documents of 3, 4 and 7 tokens in rows of 8 by best fit give two rows, one with the document of 7 and one
     with those of 4 and 3: `document_indices` [2, 1, 0], `row_offsets` [0, 1, 3], efficiency 14 / 16.
 
+    The arrays cannot be written to.
+
     Attributes:
         document_indices: int64 [P], the document each piece comes from, row by row.
         piece_starts: int64 [P], the piece's first token within its document.
@@ -35,6 +37,11 @@ class PackingPlan:
         truncated_tokens: tokens lost by truncation.
         num_dropped: documents left out, and with `dropped_tokens` their tokens.
         dropped_tokens: tokens of documents left out.
+
+    Raises:
+        ValueError: arrays that do not belong together: pieces of different numbers, or offsets that do not end with
+            them.
+        TypeError: arrays that do not hold integers.
     """
 
     document_indices: np.ndarray
@@ -51,6 +58,21 @@ class PackingPlan:
     truncated_tokens: int = 0
     num_dropped: int = 0
     dropped_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in _ARRAYS:
+            array = np.asarray(getattr(self, name))
+            if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+                raise TypeError(f"{name} must be a one-dimensional array of integers; got {array.dtype} {array.shape}")
+            view = array.astype(np.int64, copy=False).view()
+            view.flags.writeable = False  # of the view: the caller's array stays as it is
+            object.__setattr__(self, name, view)
+        sizes = {name: len(getattr(self, name)) for name in _ARRAYS[:3]}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"a plan needs one index, start and length for each piece; got {sizes}")
+        offsets = self.row_offsets
+        if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != self.num_pieces or (np.diff(offsets) < 1).any():
+            raise ValueError(f"row_offsets must rise from 0 to the {self.num_pieces} pieces, with no empty row")
 
     @property
     def num_rows(self) -> int:
@@ -83,12 +105,17 @@ class PackingPlan:
         return _sums_by_row(self.piece_lengths * self.piece_lengths, self.row_offsets)
 
     def row_lengths(self, row: int) -> np.ndarray:
-        """Piece lengths of one row, in order."""
-        return self.piece_lengths[self.row_offsets[row] : self.row_offsets[row + 1]]
+        """Piece lengths of one row, in order; IndexError for a row that is not there."""
+        return self.piece_lengths[self._row(row)]
 
     def row_documents(self, row: int) -> np.ndarray:
-        """Document index of each piece of one row, in order."""
-        return self.document_indices[self.row_offsets[row] : self.row_offsets[row + 1]]
+        """Document index of each piece of one row, in order; IndexError for a row that is not there."""
+        return self.document_indices[self._row(row)]
+
+    def _row(self, row: int) -> slice:
+        if not 0 <= row < self.num_rows:
+            raise IndexError(f"row {row} of a plan with rows 0 to {self.num_rows - 1}")
+        return slice(int(self.row_offsets[row]), int(self.row_offsets[row + 1]))
 
     def validate(self, lengths: Any) -> None:
         """Check the plan against the documents it was made for.
@@ -103,12 +130,10 @@ class PackingPlan:
         lengths = np.asarray(lengths, dtype=np.int64)
         if len(lengths) != self.num_documents:
             raise ValueError(f"the plan is for {self.num_documents} documents; got {len(lengths)} lengths")
-        offsets = self.row_offsets
-        if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != self.num_pieces or (np.diff(offsets) < 1).any():
-            raise ValueError(f"row_offsets must rise from 0 to the {self.num_pieces} pieces, with no empty row")
-        over = np.flatnonzero(self.row_tokens > self.seq_len)
+        row_tokens = self.row_tokens
+        over = np.flatnonzero(row_tokens > self.seq_len)
         if len(over):
-            raise ValueError(f"row {over[0]} holds {self.row_tokens[over[0]]} tokens, more than seq_len={self.seq_len}")
+            raise ValueError(f"row {over[0]} holds {row_tokens[over[0]]} tokens, more than seq_len={self.seq_len}")
         index, start, size = self.document_indices, self.piece_starts, self.piece_lengths
         if self.num_pieces and (index.min() < 0 or index.max() >= len(lengths)):
             raise ValueError(
@@ -138,6 +163,12 @@ class PackingPlan:
             raise ValueError(
                 f"{lost} tokens are in no row, but truncation and dropping account for "
                 f"{self.truncated_tokens + self.dropped_tokens}; document {worst} misses {missing[worst]} tokens"
+            )
+        dropped, truncated = int((covered == 0).sum()), int(((missing > 0) & (covered > 0)).sum())
+        if (dropped, truncated) != (self.num_dropped, self.num_truncated):
+            raise ValueError(
+                f"{dropped} documents are in no row and {truncated} lack their end; the plan counts {self.num_dropped} "
+                f"dropped and {self.num_truncated} truncated"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packflex.packing import EpochOrder, balanced_order, row_costs, row_order
+from packflex.packing import EpochOrder, balanced_order, rank_imbalance, row_costs, row_order
 
 
 @settings(deadline=None, max_examples=60)
@@ -56,8 +56,35 @@ def test_balanced_steps_on_long_tailed_rows():
     steps = costs[balanced_order(costs, 8, 0, 0)].reshape(-1, 8).mean(1)
     assert abs(np.corrcoef(steps[:-1], steps[1:])[0, 1]) < 0.2, "steps must come in random order of cost"
 
+    def imbalance(rows, batch_size=1):
+        return rank_imbalance(costs, EpochOrder(rows, batch_size, 8))
+
+    assert imbalance(row_order(2000, 0, 0)) == pytest.approx(slowest(row_order(2000, 0, 0)))
+    for epoch in range(3):
+        assert imbalance(balanced_order(costs, 8, 0, epoch)) < 1.02
+        assert imbalance(balanced_order(costs, 32, 0, epoch), batch_size=4) < 1.02
+
+
+def test_other_rows_meet_in_every_epoch_and_the_rest_is_balanced_too():
+    """Also where groups divide the rows evenly, and without the cheapest and dearest rows together in the last step."""
+    costs = np.linspace(1.0, 2.0, 4000)
+    first, second = ({frozenset(g) for g in balanced_order(costs, 8, 0, e).reshape(-1, 8).tolist()} for e in (0, 1))
+    assert len(first & second) < 0.1 * len(first)
+    for epoch in range(20):
+        rest = costs[balanced_order(costs[:-3], 8, 0, epoch)[-5:]]
+        assert rest.max() - rest.min() < 0.03
+
+
+def test_rank_imbalance_counts_whole_steps():
+    costs = np.array([3.0, 1.0, 2.0, 2.0, 9.0])
+    assert rank_imbalance(costs[:4], EpochOrder(np.arange(4), 1, 2)) == 1.25
+    assert rank_imbalance(costs, EpochOrder(np.arange(5), 1, 2)) == 1.25, "the last step has a filler"
+    assert rank_imbalance(costs, EpochOrder(np.arange(1), 1, 2)) == 1.0
+
 
 def test_bad_arguments():
+    with pytest.raises(ValueError, match="costs must be finite and at least 0; row 1 has nan"):
+        balanced_order(np.array([1.0, np.nan]), 2, 0, 0)
     with pytest.raises(ValueError, match="group must be at least 1"):
         balanced_order(np.ones(3), 0, 0, 0)
     with pytest.raises(ValueError, match="rank must be from 0 to 1; got 2"):

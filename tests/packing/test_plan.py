@@ -49,20 +49,51 @@ def test_overflow_counts_what_it_loses(lengths, seq_len, overflow, strategy):
     assert sorted(tokens_of(plan)) == expected
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 64))
-def test_patterns_are_best_fit_row_by_row(lengths, seq_len):
-    """Repeating patterns gives exactly what filling one row after another with the longest that fits would."""
+def row_by_row(lengths, seq_len):
+    """Best fit by its definition, on a list of documents: the longest that fits, then two that end the row exactly."""
     left, rows = sorted(lengths, reverse=True), []
     while left:
-        row, room = [], seq_len
-        while (fitting := next((n for n in left if n <= room), None)) is not None:
-            left.remove(fitting)
+        row, free = [], list(left)
+        while (fitting := next((n for n in free if n <= seq_len - sum(row)), None)) is not None:
+            free.remove(fitting)
             row.append(fitting)
-            room -= fitting
+        for given_up in range(1, 5):
+            if sum(row) == seq_len or given_up > len(row):
+                break
+            kept, back = row[:-given_up], row[-given_up:]
+            free_now = sorted(free + back)
+            room = seq_len - sum(kept)
+            pairs = [(a, b) for i, a in enumerate(free_now) for b in free_now[i + 1 :] if a + b == room]
+            if pairs:
+                row = sorted([*kept, *max(pairs)], reverse=True)
+                break
+        for n in row:
+            left.remove(n)
         rows.append(row)
+    return rows
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(40, 90))
+def test_patterns_are_best_fit_row_by_row(lengths, seq_len):
+    """Repeating patterns gives exactly what filling one row after another from the documents would."""
     patterns, repeats = best_fit_patterns(np.bincount(lengths, minlength=seq_len + 1), seq_len)
-    assert [p.tolist() for p, k in zip(patterns, repeats, strict=True) for _ in range(k)] == rows
+    rows = [p.tolist() for p, k in zip(patterns, repeats, strict=True) for _ in range(k)]
+    assert rows == row_by_row(lengths, seq_len)
+
+
+def test_a_row_is_ended_exactly_where_the_longest_first_would_leave_room():
+    assert best_fit([20, 29, 30], 49, seed=None).document_indices.tolist() == [1, 0, 2], "30 alone would leave 19 empty"
+    # as in dialogues: 27 documents of 302 would leave 38, and none is that short
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.normal(310, 100, 50_000), 49, 820).astype(int)
+    assert best_fit(lengths, 8192).efficiency > 0.9995
+
+
+def test_repeats_are_many_and_patterns_few():
+    patterns, repeats = best_fit_patterns(np.array([0, 0, 0, 1000, 0, 0, 0, 0, 0]), 8)
+    assert [p.tolist() for p in patterns] == [[3, 3]]
+    assert repeats.tolist() == [500]
 
 
 def test_a_billion_documents_by_counts():
@@ -109,11 +140,40 @@ def test_save_and_load(tmp_path, seed):
     assert PackingPlan.load(tmp_path / "plan.npz") == plan
     assert [path.name for path in tmp_path.iterdir()] == ["plan.npz"]
     whole = (tmp_path / "plan.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"cut\.npz is no packing plan, or is cut short"):
-        PackingPlan.load(tmp_path / "cut.npz")
+    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.npz").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut\.npz is no packing plan, or is cut short"):
+            PackingPlan.load(tmp_path / "cut.npz")
+    np.savez(tmp_path / "other.npz", a=np.arange(3))
+    with pytest.raises(ValueError, match=r"other\.npz is no packing plan"):
+        PackingPlan.load(tmp_path / "other.npz")
     with pytest.raises(FileNotFoundError):
         PackingPlan.load(tmp_path / "none.npz")
+
+
+def test_a_plan_cannot_be_changed_and_leaves_its_arguments_alone():
+    offsets = np.array([0, 1])
+    plan = PackingPlan(np.array([0]), np.array([0]), np.array([3], np.int32), offsets, 8, "best_fit", "split", 0, 1)
+    with pytest.raises(ValueError, match="read-only"):
+        plan.piece_lengths[0] = 4
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.seq_len = 9
+    offsets[0] = 0  # still writable
+    assert plan.piece_lengths.dtype == np.int64
+    with pytest.raises(
+        TypeError, match=r"piece_lengths must be a one-dimensional array of integers; got float64 \(1,\)"
+    ):
+        dataclasses.replace(plan, piece_lengths=np.array([3.0]))
+    for row in (-1, 1):
+        with pytest.raises(IndexError, match=f"row {row} of a plan with rows 0 to 0"):
+            plan.row_lengths(row)
+
+
+def test_no_documents_make_an_empty_plan():
+    for strategy in (best_fit, next_fit, wrapped):
+        plan = strategy([], 8)
+        plan.validate([])
+        assert (plan.num_rows, plan.num_tokens, plan.efficiency) == (0, 0, 1.0)
 
 
 def test_repr():
@@ -130,6 +190,10 @@ def test_repr():
         ({"piece_lengths": np.array([7, 4, 3])}, "1 tokens are in no row"),
         ({"document_indices": np.array([2, 0, 0])}, "document 0"),
         ({"row_offsets": np.array([0, 1, 2])}, "row_offsets must rise from 0 to the 3 pieces"),
+        ({"row_offsets": np.array([0, 0, 3])}, "row_offsets must rise from 0 to the 3 pieces, with no empty row"),
+        ({"piece_starts": np.array([0, 0])}, "one index, start and length for each piece"),
+        ({"num_dropped": 1}, "0 documents are in no row and 0 lack their end; the plan counts 1 dropped"),
+        ({"num_documents": 4}, "the plan is for 4 documents; got 3 lengths"),
     ],
 )
 def test_validate_finds_what_is_wrong(change, message):
@@ -144,6 +208,11 @@ def test_validate_finds_what_is_wrong(change, message):
     [
         (lambda: best_fit([3, 0], 8), "document 1 has length 0; remove empty documents"),
         (lambda: best_fit([1.5], 8), "one-dimensional array of integers; got float64"),
+        (lambda: wrapped([[1]], 8), "one-dimensional array of integers; got int64 (1, 1)"),
+        (lambda: wrapped([3], 0), "seq_len must be at least 1; got 0"),
+        (lambda: best_fit([3], 2**31), "seq_len must fit int32 offsets, at most 2147483647; got 2147483648"),
+        (lambda: best_fit([3], 8, seed=-1), "seed must be at least 0, or None for the documents' own order; got -1"),
+        (lambda: best_fit_patterns([0, -2], 1), "counts must not be negative; got -2 of length 1"),
         (lambda: best_fit([3], 0), "seq_len must be at least 1; got 0"),
         (lambda: best_fit([3], 8, overflow="cut"), "overflow must be one of split, truncate, drop, error; got 'cut'"),
         (

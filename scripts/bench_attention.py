@@ -7,12 +7,14 @@
 TFLOP/s count the attended pairs alone (4 D a pair and head forward, 10 D backward). Times are medians over CUDA events,
 warm, on random data; each peer's output and gradients are checked on sampled documents against float64 first. A peer
 that cannot run is a row with its reason. `roof` is the larger of the arithmetic and the memory time of the exact work
-at the ceilings (matmul, copy) measured in the same run, over the measured time.
+at the ceilings (matmul, copy) measured in the same run, over the measured time. `mask us` is the time of building the
+mask from call to end, `GPU us` what of it the GPU spends in kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import json
 import statistics
@@ -47,6 +49,7 @@ class Result:
     forward_roof: float = float("nan")
     backward_roof: float = float("nan")
     mask_us: float = float("nan")
+    mask_kernels_us: float = float("nan")
     error: float = float("nan")
     note: str = ""
 
@@ -70,6 +73,20 @@ def median_ms(call: Callable[[], Any], device: torch.device, repeats: int) -> fl
         end_event.record()
     torch.cuda.synchronize()
     return statistics.median(start_event.elapsed_time(end_event) for start_event, end_event in pairs)
+
+
+def kernel_us(call: Callable[[], Any], repeats: int) -> float:
+    """Microseconds of one call that the GPU spends in kernels, whatever the CPU needs to launch them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    kernels = (event for event in record.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(event.device_time_total for event in kernels) / repeats
 
 
 def make_peer(peer: str, work: Workload, layout: PackedLayout) -> tuple[Run, Callable[[], Any] | None]:
@@ -104,6 +121,7 @@ def make_peer(peer: str, work: Workload, layout: PackedLayout) -> tuple[Run, Cal
             return compiled_mask(seen, batch, None, size, size, device=str(ids.device))
 
         block_mask = build_flex()
+        torch._functorch.config.donated_buffer = False  # it forbids retain_graph, with which backward is repeated
         mode = "max-autotune-no-cudagraphs" if peer == "flex_autotuned" else None
         compiled = torch.compile(torch_flex, dynamic=False, mode=mode)
         return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, **options), build_flex
@@ -138,8 +156,8 @@ def _varlen_peer(peer: str, work: Workload, layout: PackedLayout) -> Run:
         from torch.nn.attention.varlen import varlen_attn
 
         options: dict[str, Any] = {"window_size": (left, 0 if work.causal else -1)}
-        if work.heads != work.kv_heads:
-            options["enable_gqa"] = True
+        if work.heads != work.kv_heads and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True  # before torch 2.12 it takes fewer heads of keys as they are
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
@@ -203,6 +221,7 @@ def measure(
 ) -> Result:
     """Check, then time one peer on one workload."""
     torch.manual_seed(0)
+    torch._dynamo.reset()  # a compiled peer starts afresh: past its limit of recompilations it would run eagerly
     layout = PackedLayout.from_lengths(work.lengths, work.seq_len).to(device)
     run, build = make_peer(peer, work, layout)
     batch = len(work.lengths)
@@ -226,6 +245,8 @@ def measure(
         result.forward_ms = median_ms(lambda: run(q, k, v), device, repeats)
         if build is not None:
             result.mask_us = 1e3 * median_ms(build, device, repeats)
+            if device.type == "cuda":
+                result.mask_kernels_us = kernel_us(build, repeats)
     for name in ("forward", "backward"):
         seconds = getattr(result, f"{name}_ms") / 1e3
         flops, moved = work.flops(name == "backward"), work.bytes_moved(name == "backward")
@@ -248,13 +269,13 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 def print_table(results: list[Result]) -> None:
     print(
         f"{'workload':<13} {'peer':<15} {'fwd ms':>8} {'bwd ms':>8} {'fwd TF/s':>9} {'bwd TF/s':>9} {'roof':>11} "
-        f"{'mask us':>8} {'error':>8}  note"
+        f"{'mask us':>8} {'GPU us':>7} {'error':>8}  note"
     )
     for r in results:
         print(
             f"{r.workload:<13} {r.peer:<15} {r.forward_ms:>8.3f} {r.backward_ms:>8.3f} {r.forward_tflops:>9.1f} "
             f"{r.backward_tflops:>9.1f} {r.forward_roof:>5.0%}/{r.backward_roof:>4.0%} {r.mask_us:>8.1f} "
-            f"{r.error:>8.1e}  {r.note[:60]}"
+            f"{r.mask_kernels_us:>7.1f} {r.error:>8.1e}  {r.note[:60]}"
         )
 
 

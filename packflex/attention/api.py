@@ -95,12 +95,13 @@ def flex_attention(
         out, lse = torch_flex_attention(query, key, value, mask, score_mod, sinks, scale, cap, want_lse)
     elif score_mod is None and (mask is None or mask.kv_intervals is not None):
         kv_intervals, q_intervals = _intervals(mask, query, key)
+        long = key.shape[2] >= 1024 if mask is None else mask.long_spans
         tiles: list[int] = []
         if backend == "triton":
             from packflex.attention.triton.tiles import tile_list
 
             tiles = tile_list(kernel_options)
-        out, lse = ops.attention(query, key, value, kv_intervals, q_intervals, sinks, scale, cap, backend, tiles)
+        out, lse = ops.attention(query, key, value, kv_intervals, q_intervals, sinks, scale, cap, backend, tiles, long)
     else:
         mask_mod = None if mask is None else mask.mask_mod
         out, lse = reference.dense_attention(query, key, value, mask_mod, score_mod, sinks, scale, cap)

@@ -27,16 +27,18 @@ def attention(
     softcap: float,
     backend: str,
     tiles: list[int],
+    long_spans: bool,
 ) -> tuple[Tensor, Tensor]:
     """Interval attention: out [B, Hq, S, Dv] and lse [B, Hq, S]; arguments as `reference.reference_forward`.
 
-    `backend` is "reference" or "triton"; `tiles` the Triton tiles as `KernelTiles.to_list`, empty for the tables.
+    `backend` is "reference" or "triton"; `tiles` the Triton tiles as `KernelTiles.to_list`, empty for the tables;
+    `long_spans` a hint for the tables, see `BlockMask`.
     """
     if backend == "reference":
         return reference.reference_forward(q, k, v, kv_intervals, sinks, scale, softcap)
     from packflex.attention.triton.launch import launch_forward  # Triton only where it runs
 
-    return launch_forward(q, k, v, kv_intervals, sinks, scale, softcap, tiles)
+    return launch_forward(q, k, v, kv_intervals, sinks, scale, softcap, tiles, long_spans)
 
 
 @attention.register_fake
@@ -51,6 +53,7 @@ def _(
     softcap: float,
     backend: str,
     tiles: list[int],
+    long_spans: bool,
 ) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return new_bshd(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
@@ -72,6 +75,7 @@ def attention_backward(
     softcap: float,
     backend: str,
     tiles: list[int],
+    long_spans: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to q, k, v and the sinks (of size 0 without sinks) from those of out and lse."""
     if backend == "reference":
@@ -82,7 +86,7 @@ def attention_backward(
         from packflex.attention.triton.launch import launch_backward  # Triton only where it runs
 
         grad_q, grad_k, grad_v, delta = launch_backward(
-            grad_out, grad_lse, q, k, v, out, lse, kv_intervals, q_intervals, scale, softcap, tiles
+            grad_out, grad_lse, q, k, v, out, lse, kv_intervals, q_intervals, scale, softcap, tiles, long_spans
         )
         grad_sinks = reference.sink_gradient(sinks, lse, delta)
     return grad_q, grad_k, grad_v, q.new_empty(0) if grad_sinks is None else grad_sinks
@@ -104,6 +108,7 @@ def _(
     softcap: float,
     backend: str,
     tiles: list[int],
+    long_spans: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_sinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return new_bshd(q), new_bshd(k), new_bshd(v), grad_sinks

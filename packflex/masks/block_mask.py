@@ -44,6 +44,8 @@ class BlockMask:
             None in list form.
         q_intervals: int32 [2, B, KV_LEN]: for each key the first query that sees it and the end of those. None in
             list form.
+        long_spans: a hint for the choice of tiles: whether the average query sees a thousand keys or more. A host
+            bool, so that choosing asks no device and a compiled model has two graphs at most.
     """
 
     seq_lengths: tuple[int, int]
@@ -51,6 +53,7 @@ class BlockMask:
     mask_mod: MaskMod
     kv_intervals: Tensor | None
     q_intervals: Tensor | None
+    long_spans: bool
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class BlockMask:
         kv_intervals: Tensor | None = None,
         q_intervals: Tensor | None = None,
         kv_lists: BlockLists | None = None,
+        long_spans: bool = False,
     ) -> None:
         """Take the parts of one form; use `from_intervals`, `from_kv_blocks` or `from_torch`."""
         self.seq_lengths = seq_lengths
@@ -68,12 +72,16 @@ class BlockMask:
         self.kv_intervals = kv_intervals
         self.q_intervals = q_intervals
         self._given_kv_lists = kv_lists
+        self.long_spans = long_spans
 
     # Constructors
 
     @staticmethod
     def from_intervals(
-        kv_intervals: Tensor, q_intervals: Tensor, BLOCK_SIZE: int | tuple[int, int] = DEFAULT_BLOCK_SIZE
+        kv_intervals: Tensor,
+        q_intervals: Tensor,
+        BLOCK_SIZE: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
+        long_spans: bool = False,
     ) -> BlockMask:
         """Mask from the interval of keys of each query and the interval of queries of each key.
 
@@ -81,6 +89,7 @@ class BlockMask:
             kv_intervals: int32 [2, B, Q_LEN], half-open; both bounds must only grow along Q_LEN.
             q_intervals: int32 [2, B, KV_LEN], the same mask seen from the keys.
             BLOCK_SIZE: tile of the derived lists, ranges and picture; kernels choose their own.
+            long_spans: see the class.
         """
         for name, intervals in (("kv_intervals", kv_intervals), ("q_intervals", q_intervals)):
             if intervals.dim() != 3 or intervals.shape[0] != 2 or intervals.dtype != torch.int32:
@@ -94,7 +103,7 @@ class BlockMask:
             return (kv_idx >= kv_intervals[0][b, q_idx]) & (kv_idx < kv_intervals[1][b, q_idx])
 
         lengths = (kv_intervals.shape[2], q_intervals.shape[2])
-        return BlockMask(lengths, _tile_pair(BLOCK_SIZE), mask_mod, kv_intervals, q_intervals)
+        return BlockMask(lengths, _tile_pair(BLOCK_SIZE), mask_mod, kv_intervals, q_intervals, long_spans=long_spans)
 
     @staticmethod
     def from_kv_blocks(
@@ -283,7 +292,9 @@ class BlockMask:
                 f"this mask's mask_mod may hold tensors on {self.device}; build the mask on {device} with "
                 "create_block_mask(..., device=...)"
             )
-        return BlockMask.from_intervals(self.kv_intervals.to(device), self.q_intervals.to(device), self.BLOCK_SIZE)
+        return BlockMask.from_intervals(
+            self.kv_intervals.to(device), self.q_intervals.to(device), self.BLOCK_SIZE, self.long_spans
+        )
 
     def to_string(self, batch: int = 0, head: int = 0, max_columns: int = 48) -> str:
         """Picture of one row's tiles: `█` wholly visible, `░` partly visible, `·` never visited.

@@ -61,11 +61,19 @@ def document_mask(
     intervals = document_intervals(
         layout.cu_seqlens, layout.row_offsets, prefixes, layout.seq_len, causal, 0 if window is None else window
     )
-    mask = BlockMask.from_intervals(intervals[:2], intervals[2:])
+    mask = BlockMask.from_intervals(intervals[:2], intervals[2:], long_spans=_long_spans(layout, causal, window))
     # A compiled graph must not keep its own tensors in a cache that outlives it.
     if prefixes is None and not torch.compiler.is_compiling():
         layout._block_masks[key] = mask
     return mask
+
+
+def _long_spans(layout: PackedLayout, causal: bool, window: int | None) -> bool:
+    """Whether the average token sees 1024 keys or more: half its document when causal, no more than the window."""
+    if torch.compiler.is_compiling() or not layout.num_tokens:  # host numbers in a graph would be guarded
+        return False
+    span = layout.sum_squared_lengths / layout.num_tokens / (2 if causal else 1)
+    return (span if window is None else min(span, window / 2)) >= 1024
 
 
 def _checked_prefixes(layout: PackedLayout, prefix_lengths: Sequence[int] | Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import AuxRequest
 from torch.nn.attention.flex_attention import create_block_mask as torch_create_block_mask
 
@@ -118,7 +119,7 @@ def test_opcheck(backend, with_sinks):
     q, k, v = inputs()
     mask = document_mask(LAYOUT)
     sinks = torch.randn(4, requires_grad=True) if with_sinks else None
-    arguments = (q, k, v, mask.kv_intervals, mask.q_intervals, sinks, 0.25, 0.0, backend, [])
+    arguments = (q, k, v, mask.kv_intervals, mask.q_intervals, sinks, 0.25, 0.0, backend, [], False)
     torch.library.opcheck(torch.ops.packflex.attention, arguments)
 
 
@@ -130,7 +131,7 @@ def test_opcheck_of_intervals():
 @pytest.mark.parametrize("prebuilt", [True, False])
 def test_compiles_once_over_changing_documents(prebuilt):
     """fullgraph, and no second graph when boundaries and the number of documents change."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
     def step(q, k, v, layout):

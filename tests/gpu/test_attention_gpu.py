@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from packflex import PackedLayout, create_block_mask, document_mask, flex_attention, masks
 from packflex.masks.intervals import document_intervals
@@ -111,11 +112,12 @@ def test_interval_kernel_equals_the_host(variant):
     assert torch.equal(host, cuda.cpu())
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_building_a_mask_does_not_sync():
     layout = PackedLayout.from_lengths(MIXED, 720).to("cuda")
     document_mask(layout, window=7)  # compiles the kernel
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         document_mask(layout, window=9)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -180,7 +182,7 @@ def test_block_masks_equal_torch():
 
 
 def test_compiles_once_over_changing_documents():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
 
     @torch.compile(fullgraph=True, backend=counter)
     def step(x, layout):
@@ -216,7 +218,7 @@ def test_cuda_graph_replays_with_new_documents():
     def run():
         intervals = document_intervals(cu_seqlens, row_offsets, None, 256, True, 0)
         op = torch.ops.packflex.attention
-        return op(q, k, v, intervals[:2], intervals[2:], None, 0.125, 0.0, "triton", [])[0]
+        return op(q, k, v, intervals[:2], intervals[2:], None, 0.125, 0.0, "triton", [], False)[0]
 
     run()
     graph = torch.cuda.CUDAGraph()

@@ -46,6 +46,7 @@ def compile_kernels(
     *,
     softcap: bool = False,
     sinks: bool = False,
+    long: bool = False,
     tiles: KernelTiles | None = None,
     kernels: tuple[str, ...] = ("forward", "delta", "dkdv", "dq"),
 ) -> list[Compiled]:
@@ -58,13 +59,14 @@ def compile_kernels(
         group: query heads on a KV head.
         softcap: compile with a softcap.
         sinks: compile the forward with sinks.
+        long: take the table's tiles for long spans.
         tiles: the table's by default.
         kernels: which of the four.
 
     Raises:
         RuntimeError: a kernel that does not assemble.
     """
-    tiles = tiles or default_tiles(dtype, head_dim, capability, softcap)
+    tiles = tiles or default_tiles(dtype, head_dim, capability, softcap, long)
     dims = _dims(head_dim, head_dim)
     reports = []
     for name in kernels:
@@ -80,7 +82,7 @@ def compile_kernels(
         tile: Tile = getattr(tiles, name)
         constants = {
             "GROUP": group,
-            "HEADS": heads_per_tile(group, tiles.max_heads, tile.block_m),
+            "HEADS": heads_per_tile(group, tile),
             **dims,
             "SOFTCAP": softcap,
             "PRECISION": _PRECISION,

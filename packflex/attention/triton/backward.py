@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from packflex.attention.triton.forward import LOG2_E, capped, tile_rows
+from packflex.attention.triton.forward import LOG2_E, capped, load_tile, tile_rows
 
 
 @triton.jit
@@ -42,16 +42,19 @@ def _flex_bwd_delta_kernel(
 @triton.jit
 def _dkdv_blocks(
     b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, stride_qh, stride_qs, stride_gh, stride_gs,
-    b_lo, b_hi, i_group, first_query, end_query, begin, end, q_len, scale, softcap,
+    b_lo, b_hi, i_group, first_query, end_query, full_begin, full_end, blocks, q_len, scale, softcap,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV from blocks begin..end of queries; block i is BLOCK_M // HEADS positions from first_query on."""
+    """dK and dV from the partly (MASKED) or the wholly visible blocks of queries, each BLOCK_M // HEADS positions."""
     o_r = tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     o_head = i_group * HEADS + o_r % HEADS  # [BLOCK_M] within the KV group
-    for i in range(begin, end):
+    # the masked loop walks the blocks before and after the full ones, so that its loads run ahead over both
+    steps = blocks - (full_end - full_begin) if MASKED else full_end - full_begin
+    for step in range(steps):
+        i = step + tl.where(step < full_begin, 0, full_end - full_begin) if MASKED else step + full_begin
         block_query = first_query + i * (BLOCK_M // HEADS)
         o_q = block_query + o_r // HEADS  # [BLOCK_M]
         m_q = o_q < end_query  # what lies past the documents of this tile may hold anything, NaN included
@@ -59,8 +62,11 @@ def _dkdv_blocks(
         p_dom = p_do + block_query.to(tl.int64) * stride_gs
         o_qm = o_head * stride_qh + (o_r // HEADS) * stride_qs
         o_dom = o_head * stride_gh + (o_r // HEADS) * stride_gs
-        b_q = tl.load(p_qm + o_qm[:, None] + o_d[None, :], mask=m_q[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
-        b_lse = tl.load(p_lse + o_head * q_len + o_q, mask=m_q, other=0.0) * LOG2_E
+        b_q = load_tile(p_qm + o_qm[:, None] + o_d[None, :], m_q, o_d < HEAD_DIM, MASKED, HEAD_DIM != BLOCK_D)
+        if MASKED:
+            b_lse = tl.load(p_lse + o_head * q_len + o_q, mask=m_q, other=0.0) * LOG2_E
+        else:
+            b_lse = tl.load(p_lse + o_head * q_len + o_q) * LOG2_E
         b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if SOFTCAP:
             b_cap = capped(b_st * scale, softcap)
@@ -70,9 +76,12 @@ def _dkdv_blocks(
         if MASKED:
             m_s = (o_q[None, :] >= b_lo[:, None]) & (o_q[None, :] < b_hi[:, None])
             b_pt = tl.where(m_s, b_pt, 0.0)
-        b_do = tl.load(p_dom + o_dom[:, None] + o_dv[None, :], mask=m_q[:, None] & (o_dv < V_DIM)[None, :], other=0.0)
+        b_do = load_tile(p_dom + o_dom[:, None] + o_dv[None, :], m_q, o_dv < V_DIM, MASKED, V_DIM != BLOCK_DV)
         b_dv = tl.dot(b_pt.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-        b_delta = tl.load(p_delta + o_head * q_len + o_q, mask=m_q, other=0.0)
+        if MASKED:
+            b_delta = tl.load(p_delta + o_head * q_len + o_q, mask=m_q, other=0.0)
+        else:
+            b_delta = tl.load(p_delta + o_head * q_len + o_q)
         b_dpt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         b_dst = b_pt * (b_dpt - b_delta[None, :])
         if SOFTCAP:
@@ -129,18 +138,13 @@ def _flex_bwd_dkdv_kernel(
     for i_group in range(GROUP // HEADS):
         b_dk, b_dv = _dkdv_blocks(
             b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, stride_qh, stride_qs, stride_gh, stride_gs,
-            b_lo, b_hi, i_group, first_query, end_query, 0, full_begin, q_len, scale, softcap,
+            b_lo, b_hi, i_group, first_query, end_query, full_begin, full_end, blocks, q_len, scale, softcap,
             True, SOFTCAP, PRECISION, HEADS, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M,
         )  # fmt: skip
         b_dk, b_dv = _dkdv_blocks(
             b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, stride_qh, stride_qs, stride_gh, stride_gs,
-            b_lo, b_hi, i_group, first_query, end_query, full_begin, full_end, q_len, scale, softcap,
+            b_lo, b_hi, i_group, first_query, end_query, full_begin, full_end, blocks, q_len, scale, softcap,
             False, SOFTCAP, PRECISION, HEADS, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M,
-        )  # fmt: skip
-        b_dk, b_dv = _dkdv_blocks(
-            b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, stride_qh, stride_qs, stride_gh, stride_gs,
-            b_lo, b_hi, i_group, first_query, end_query, full_end, blocks, q_len, scale, softcap,
-            True, SOFTCAP, PRECISION, HEADS, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M,
         )  # fmt: skip
     p_dk = GRAD_K + i_b * stride_dkb + i_kv * stride_dkh + o_k64 * stride_dks + o_d[None, :]
     p_dv = GRAD_V + i_b * stride_dvb + i_kv * stride_dvh + o_k64 * stride_dvs + o_dv[None, :]
@@ -155,21 +159,26 @@ def _flex_bwd_dkdv_kernel(
 @triton.jit
 def _dq_blocks(
     b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, b_lo, b_hi,
-    first_key, end_key, begin, end, scale, softcap,
+    first_key, end_key, full_begin, full_end, blocks, scale, softcap,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ from blocks begin..end of keys; block i is keys first_key + i * BLOCK_N onwards."""
+    """dQ from the partly (MASKED) or the wholly visible blocks of keys, the first at first_key."""
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    for i in range(begin, end):
+    # the masked loop walks the blocks before and after the full ones, so that its loads run ahead over both
+    steps = blocks - (full_end - full_begin) if MASKED else full_end - full_begin
+    for step in range(steps):
+        i = step + tl.where(step < full_begin, 0, full_end - full_begin) if MASKED else step + full_begin
         o_k = first_key + i * BLOCK_N + o_n
-        m_k = (o_k < end_key)[:, None]
+        m_k = o_k < end_key
         p_kn = p_k + (first_key + i * BLOCK_N).to(tl.int64) * stride_ks
         p_vn = p_v + (first_key + i * BLOCK_N).to(tl.int64) * stride_vs
-        b_k = tl.load(p_kn + o_n[:, None] * stride_ks + o_d[None, :], mask=m_k & (o_d < HEAD_DIM)[None, :], other=0.0)
-        b_v = tl.load(p_vn + o_n[:, None] * stride_vs + o_dv[None, :], mask=m_k & (o_dv < V_DIM)[None, :], other=0.0)
+        b_k = load_tile(
+            p_kn + o_n[:, None] * stride_ks + o_d[None, :], m_k, o_d < HEAD_DIM, MASKED, HEAD_DIM != BLOCK_D
+        )
+        b_v = load_tile(p_vn + o_n[:, None] * stride_vs + o_dv[None, :], m_k, o_dv < V_DIM, MASKED, V_DIM != BLOCK_DV)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if SOFTCAP:
             b_cap = capped(b_s * scale, softcap)
@@ -235,18 +244,13 @@ def _flex_bwd_dq_kernel(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_dq = _dq_blocks(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, b_lo, b_hi,
-        first_key, end_key, 0, full_begin, scale, softcap,
+        first_key, end_key, full_begin, full_end, blocks, scale, softcap,
         True, SOFTCAP, PRECISION, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
     )  # fmt: skip
     b_dq = _dq_blocks(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, b_lo, b_hi,
-        first_key, end_key, full_begin, full_end, scale, softcap,
+        first_key, end_key, full_begin, full_end, blocks, scale, softcap,
         False, SOFTCAP, PRECISION, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-    )  # fmt: skip
-    b_dq = _dq_blocks(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, b_lo, b_hi,
-        first_key, end_key, full_end, blocks, scale, softcap,
-        True, SOFTCAP, PRECISION, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
     )  # fmt: skip
     p_dq = GRAD_Q + i_b * stride_dqb + o_head64 * stride_dqh + o_pos64 * stride_dqs + o_d[None, :]
     b_dq = tl.where((b_lo < b_hi)[:, None], b_dq * scale, 0.0)  # as in dK: exact 0 in the padding

@@ -33,31 +33,40 @@ def tile_rows(i_tile, i_head, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, length
 
 
 @triton.jit
+def load_tile(p, m_rows, m_columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    """A tile of rows of a tensor, 0 where masked; masks that are not needed cost nothing."""
+    if MASK_ROWS and MASK_COLUMNS:
+        return tl.load(p, mask=m_rows[:, None] & m_columns[None, :], other=0.0)
+    elif MASK_ROWS:
+        return tl.load(p, mask=m_rows[:, None], other=0.0)
+    elif MASK_COLUMNS:
+        return tl.load(p, mask=m_columns[None, :], other=0.0)
+    else:
+        return tl.load(p)
+
+
+@triton.jit
 def _forward_blocks(
     b_acc, b_m, b_l, b_q, p_k, p_v, stride_ks, stride_vs, b_lo, b_hi,
-    first_key, end_key, begin, end, scale, softcap,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr,
+    first_key, end_key, full_begin, full_end, blocks, scale, softcap,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over blocks begin..end of keys; block i is keys first_key + i * BLOCK_N onwards."""
+    """Online softmax over the partly (MASKED) or the wholly visible blocks of keys, the first at first_key."""
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    for i in range(begin, end):
+    # the masked loop walks the blocks before and after the full ones, so that its loads run ahead over both
+    steps = blocks - (full_end - full_begin) if MASKED else full_end - full_begin
+    for step in range(steps):
+        i = step + tl.where(step < full_begin, 0, full_end - full_begin) if MASKED else step + full_begin
         o_k = first_key + i * BLOCK_N + o_n
         p_kn = p_k + (first_key + i * BLOCK_N).to(tl.int64) * stride_ks
         p_vn = p_v + (first_key + i * BLOCK_N).to(tl.int64) * stride_vs
-        m_k = (o_k < end_key)[:, None]
-        if MASKED and EVEN_D:
-            b_k = tl.load(p_kn + o_n[:, None] * stride_ks + o_d[None, :], mask=m_k, other=0.0)
-        elif MASKED:
-            b_k = tl.load(
-                p_kn + o_n[:, None] * stride_ks + o_d[None, :], mask=m_k & (o_d < HEAD_DIM)[None, :], other=0.0
-            )
-        elif EVEN_D:
-            b_k = tl.load(p_kn + o_n[:, None] * stride_ks + o_d[None, :])
-        else:
-            b_k = tl.load(p_kn + o_n[:, None] * stride_ks + o_d[None, :], mask=(o_d < HEAD_DIM)[None, :], other=0.0)
+        m_k = o_k < end_key
+        b_k = load_tile(
+            p_kn + o_n[:, None] * stride_ks + o_d[None, :], m_k, o_d < HEAD_DIM, MASKED, HEAD_DIM != BLOCK_D
+        )
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if SOFTCAP:
             b_s = capped(b_s * scale, softcap) * LOG2_E
@@ -75,16 +84,7 @@ def _forward_blocks(
         b_alpha = tl.exp2(b_m - b_shift)
         b_l = b_l * b_alpha + tl.sum(b_p, 1)
         b_acc = b_acc * b_alpha[:, None]
-        if MASKED and EVEN_DV:
-            b_v = tl.load(p_vn + o_n[:, None] * stride_vs + o_dv[None, :], mask=m_k, other=0.0)
-        elif MASKED:
-            b_v = tl.load(
-                p_vn + o_n[:, None] * stride_vs + o_dv[None, :], mask=m_k & (o_dv < V_DIM)[None, :], other=0.0
-            )
-        elif EVEN_DV:
-            b_v = tl.load(p_vn + o_n[:, None] * stride_vs + o_dv[None, :])
-        else:
-            b_v = tl.load(p_vn + o_n[:, None] * stride_vs + o_dv[None, :], mask=(o_dv < V_DIM)[None, :], other=0.0)
+        b_v = load_tile(p_vn + o_n[:, None] * stride_vs + o_dv[None, :], m_k, o_dv < V_DIM, MASKED, V_DIM != BLOCK_DV)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_m = b_m_new
     return b_acc, b_m, b_l
@@ -107,8 +107,6 @@ def _flex_fwd_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     i_kv = (i_head * HEADS // GROUP).to(tl.int64)
     o_pos, o_head, m_row = tile_rows(i_tile, i_head, HEADS, BLOCK_M, q_len)
-    EVEN_D: tl.constexpr = HEAD_DIM == BLOCK_D
-    EVEN_DV: tl.constexpr = V_DIM == BLOCK_DV
 
     first_pos = i_tile * (BLOCK_M // HEADS)
     last_pos = tl.minimum(first_pos + BLOCK_M // HEADS, q_len) - 1
@@ -135,18 +133,13 @@ def _flex_fwd_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_acc, b_m, b_l = _forward_blocks(
         b_acc, b_m, b_l, b_q, p_k, p_v, stride_ks, stride_vs, b_lo, b_hi,
-        first_key, end_key, 0, full_begin, scale, softcap,
-        True, SOFTCAP, PRECISION, EVEN_D, EVEN_DV, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+        first_key, end_key, full_begin, full_end, blocks, scale, softcap,
+        True, SOFTCAP, PRECISION, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
     )  # fmt: skip
     b_acc, b_m, b_l = _forward_blocks(
         b_acc, b_m, b_l, b_q, p_k, p_v, stride_ks, stride_vs, b_lo, b_hi,
-        first_key, end_key, full_begin, full_end, scale, softcap,
-        False, SOFTCAP, PRECISION, EVEN_D, EVEN_DV, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-    )  # fmt: skip
-    b_acc, b_m, b_l = _forward_blocks(
-        b_acc, b_m, b_l, b_q, p_k, p_v, stride_ks, stride_vs, b_lo, b_hi,
-        first_key, end_key, full_end, blocks, scale, softcap,
-        True, SOFTCAP, PRECISION, EVEN_D, EVEN_DV, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+        first_key, end_key, full_begin, full_end, blocks, scale, softcap,
+        False, SOFTCAP, PRECISION, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
     )  # fmt: skip
 
     m_seen = b_l > 0

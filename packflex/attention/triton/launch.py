@@ -26,6 +26,7 @@ def launch_forward(
     scale: float,
     softcap: float,
     tile_list: list[int],
+    long_spans: bool,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, S, Dv] and lse [B, Hq, S]; arguments as the op `packflex::attention`."""
     _check_runnable(q, v)
@@ -34,8 +35,8 @@ def launch_forward(
     kv_heads, v_dim = k.shape[1], v.shape[3]
     out = new_bshd(q, v_dim)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
-    tiles = resolve_tiles(tile_list, q.dtype, max(head_dim, v_dim), _capability(q.device), softcap > 0)
-    packed = heads_per_tile(heads // kv_heads, tiles.max_heads, tiles.forward.block_m)
+    tiles = resolve_tiles(tile_list, q.dtype, max(head_dim, v_dim), _capability(q.device), softcap > 0, long_spans)
+    packed = heads_per_tile(heads // kv_heads, tiles.forward)
     grid = (triton.cdiv(q_len * packed, tiles.forward.block_m), heads // packed, batch)
     _flex_fwd_kernel[grid](
         q, k, v, q if sinks is None else sinks, kv_intervals[0], kv_intervals[1], out, lse,
@@ -43,7 +44,8 @@ def launch_forward(
         q_len, heads, scale, softcap,
         GROUP=heads // kv_heads, HEADS=packed, **_dims(head_dim, v_dim),
         BLOCK_M=tiles.forward.block_m, BLOCK_N=tiles.forward.block_n,
-        HAS_SINKS=sinks is not None, SOFTCAP=softcap > 0, PRECISION=_PRECISION,
+        HAS_SINKS=sinks is not None, SOFTCAP=softcap > 0,
+        PRECISION=_PRECISION,
         num_warps=tiles.forward.num_warps, num_stages=tiles.forward.num_stages,
     )  # fmt: skip
     return out, lse
@@ -62,6 +64,7 @@ def launch_backward(
     scale: float,
     softcap: float,
     tile_list: list[int],
+    long_spans: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to q, k, v, and delta [B, Hq, S] for that of the sinks; arguments as `packflex::attention_backward`."""
     grad_out, q, k, v = (_last_axis_contiguous(x) for x in (grad_out, q, k, v))
@@ -69,7 +72,7 @@ def launch_backward(
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
     grad_q, grad_k, grad_v = (new_bshd(x) for x in (q, k, v))
     delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
-    tiles = resolve_tiles(tile_list, q.dtype, max(head_dim, v_dim), _capability(q.device), softcap > 0)
+    tiles = resolve_tiles(tile_list, q.dtype, max(head_dim, v_dim), _capability(q.device), softcap > 0, long_spans)
     dims = _dims(head_dim, v_dim)
 
     _flex_bwd_delta_kernel[(triton.cdiv(q_len, DELTA_ROWS), heads, batch)](
@@ -81,7 +84,7 @@ def launch_backward(
     )  # fmt: skip
 
     group = heads // kv_heads
-    packed = heads_per_tile(group, tiles.max_heads, tiles.dkdv.block_m)
+    packed = heads_per_tile(group, tiles.dkdv)
     _flex_bwd_dkdv_kernel[(triton.cdiv(kv_len, tiles.dkdv.block_n), kv_heads, batch)](
         q, k, v, grad_out, lse, delta, q_intervals[0], q_intervals[1], grad_k, grad_v,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
@@ -92,7 +95,7 @@ def launch_backward(
         num_warps=tiles.dkdv.num_warps, num_stages=tiles.dkdv.num_stages,
     )  # fmt: skip
 
-    packed = heads_per_tile(group, tiles.max_heads, tiles.dq.block_m)
+    packed = heads_per_tile(group, tiles.dq)
     _flex_bwd_dq_kernel[(triton.cdiv(q_len * packed, tiles.dq.block_m), heads // packed, batch)](
         q, k, v, grad_out, lse, delta, kv_intervals[0], kv_intervals[1], grad_q,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3],

@@ -1,0 +1,151 @@
+"""Conversations to token ids and labels: the loss is on what the assistant says, as the chat template writes it.
+
+Two ways to tell which tokens the assistant says. A template with `{% generation %}` marks says so itself. Otherwise the
+conversation is rendered turn by turn: what a turn adds after the generation prompt is the assistant's, provided that
+each rendering begins with the one before it, which is checked.
+
+The generation prompt (`<|im_start|>assistant\\n`) is never supervised: at inference it is given.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from packflex.data.errors import DataError, one_line
+from packflex.data.tokenizer import tokenizer_name
+
+if TYPE_CHECKING:
+    from packflex.data.encoding import TextEncoder
+
+Turns = Literal["all", "last"]
+# JSON schemas; Any and not dict, because a list of dicts is no list of "dict or callable" to a type checker
+Tools = list[Any] | None
+IGNORED = -100  # the label that Hugging Face losses leave out
+
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatEncoder:
+    """Encodes conversations with a tokenizer's chat template.
+
+    Args:
+        encoder: text encoder of the tokenizer, which must have a chat template.
+        turns: supervise "all" assistant turns, or the "last" one only (what follows it is left out).
+
+    Raises:
+        DataError: a tokenizer without a chat template.
+        ValueError: unknown `turns`.
+
+    Example:
+        >>> chat = ChatEncoder(TextEncoder(tokenizer))
+        >>> ids, labels = chat.encode([{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}])
+        >>> tokenizer.decode([label for label in labels if label != -100])
+        '2<|im_end|>'
+    """
+
+    def __init__(self, encoder: TextEncoder, turns: Turns = "all") -> None:
+        if turns not in get_args(Turns):
+            raise ValueError(f"turns must be 'all' or 'last'; got {turns!r}")
+        self.encoder = encoder
+        self.tokenizer = encoder.tokenizer
+        self.turns = turns
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"tokenizer {tokenizer_name(self.tokenizer)} has no chat template, and conversations need one; give a "
+                "Jinja file (chat_template=, --chat-template FILE), or an instruct model's tokenizer"
+            )
+        self._special = frozenset(self.tokenizer.all_special_ids)
+
+    def encode(
+        self, messages: list[dict[str, Any]], tools: Tools = None, source: str = "conversation"
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and labels (-100 outside the assistant's turns) of one conversation.
+
+        Args:
+            messages: objects with a role and content (or tool calls), in order.
+            tools: JSON schemas of the tools, as the template takes them.
+            source: what to call the conversation in errors.
+
+        Raises:
+            DataError: a template that fails on these messages, or that rewrites earlier turns so that the turns of
+                the assistant cannot be told apart.
+        """
+        assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.turns == "last" and assistant:
+            assistant = assistant[-1:]
+            messages = messages[: assistant[0] + 1]
+        template = self.tokenizer.get_chat_template(tools=tools or None)
+        if _GENERATION_MARK.search(template) and self.tokenizer.is_fast:
+            return self._encode_marked(messages, tools, source)
+        return self._encode_turn_by_turn(messages, assistant, tools, source)
+
+    def _encode_marked(self, messages: list[dict[str, Any]], tools: Tools, source: str) -> tuple[list[int], list[int]]:
+        out = self._apply(messages, tools, source, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = list(out["input_ids"]), list(out["assistant_masks"])
+        if self.turns == "last" and 1 in mask:
+            end = len(mask) - mask[::-1].index(1)
+            start = max((i + 1 for i in range(end) if not mask[i]), default=0)
+            mask = [int(start <= i < end) for i in range(len(mask))]
+        return ids, [token if said else IGNORED for token, said in zip(ids, mask, strict=True)]
+
+    def _encode_turn_by_turn(
+        self, messages: list[dict[str, Any]], assistant: list[int], tools: Tools, source: str
+    ) -> tuple[list[int], list[int]]:
+        whole = self._apply(messages, tools, source, tokenize=False)
+        pieces: list[tuple[str, bool]] = []
+        cursor = 0
+        for turn in assistant:
+            if turn == 0:
+                raise DataError(
+                    f"{source}: the conversation starts with the assistant, and this chat template has no "
+                    "{% generation %} marks to tell its words; put a user or system message first, or mark the template"
+                )
+            before = self._apply(messages[:turn], tools, source, tokenize=False, add_generation_prompt=True)
+            after = self._apply(messages[: turn + 1], tools, source, tokenize=False)
+            if not (after.startswith(before) and whole.startswith(after)):
+                raise DataError(
+                    f"{source}: the chat template of {tokenizer_name(self.tokenizer)} writes message {turn} "
+                    "differently when others follow, so the assistant's words cannot be told apart; supervise the last "
+                    "turn only (turns='last', --turns last), or use a template with {% generation %} marks"
+                )
+            pieces += [(whole[cursor : len(before)], False), (whole[len(before) : len(after)], True)]
+            cursor = len(after)
+        pieces.append((whole[cursor:], False))
+        pieces = [piece for piece in pieces if piece[0]]
+        encoded = self.encoder.encode([pieces[0][0]])
+        if len(pieces) > 1:
+            encoded += self.encoder.encode_continuations([text for text, _ in pieces[1:]])
+        ids: list[int] = []
+        labels: list[int] = []
+        for (_, said), tokens in zip(pieces, encoded, strict=True):
+            supervised = self._said(tokens) if said else 0
+            ids += tokens
+            labels += tokens[:supervised] + [IGNORED] * (len(tokens) - supervised)
+        return ids, labels
+
+    def _said(self, tokens: list[int]) -> int:
+        """How many tokens of a turn are the assistant's: not the white space that templates put after its end mark."""
+        last_mark = max((i for i, token in enumerate(tokens) if token in self._special), default=None)
+        if last_mark is None or str(self.tokenizer.decode(tokens[last_mark + 1 :])).strip():
+            return len(tokens)
+        return last_mark + 1
+
+    def _apply(self, messages: list[dict[str, Any]], tools: Tools, source: str, **options: Any) -> Any:
+        import jinja2  # here and not above: only conversations need templates
+
+        # A key that is null is a key that is not there; many templates would print "None".
+        present = [{key: value for key, value in m.items() if value is not None} for m in messages]
+        try:
+            return self.tokenizer.apply_chat_template(present, tools=tools or None, **options)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template of {tokenizer_name(self.tokenizer)} is not valid Jinja "
+                f"({error.message}, line {error.lineno}); fix the template"
+            ) from error
+        except (jinja2.TemplateError, TypeError) as error:  # raise_exception() in a template; None + str and the like
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(
+                f"{source}: the chat template of {tokenizer_name(self.tokenizer)} refuses the conversation "
+                f"({one_line(error)}; roles: {roles}); fix the record or the template"
+            ) from error

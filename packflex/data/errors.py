@@ -1,0 +1,22 @@
+"""`DataError`: what is wrong with a data set, where, and what to do about it, in one line."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """Input data that cannot be used: a wrong path, an invalid line, a missing field, a document without supervision.
+
+    The message is one line that names the file (and line or row), what was found and the remedy, so a command line can
+    print it as it is. It is a `ValueError`, and it survives pickling, so it crosses worker processes unchanged.
+
+    Example:
+        >>> raise DataError("train.jsonl:7: not valid JSON; fix or remove the line")
+        Traceback (most recent call last):
+        packflex.data.errors.DataError: train.jsonl:7: not valid JSON; fix or remove the line
+    """
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says in an exception, on one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,253 @@
+"""Reads records one by one from JSON Lines, Parquet, Arrow and the Hugging Face hub; finds the files.
+
+Each reader yields `Record`s, and turns what the libraries underneath raise into a `DataError` with file, line and
+remedy.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from packflex.data.errors import DataError, one_line
+from packflex.data.records import Record
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+_ROWS_AT_ONCE = 1000
+_UTF8_BOM = b"\xef\xbb\xbf"
+
+
+def find_files(path: str | Path | Sequence[str | Path], suffixes: tuple[str, ...]) -> list[Path]:
+    """Files of a path, a folder, a glob or a list of them.
+
+    A file is taken whatever its name; folders give the files in them (not below them) with one of the suffixes. A
+    folder made by `save_to_disk` is kept as it is.
+
+    Raises:
+        DataError: a path without a file.
+    """
+    entries = [path] if isinstance(path, (str, Path)) else list(path)
+    if not entries:
+        raise DataError("the list of input paths is empty; give at least one file")
+    return [file for entry in entries for file in _expand(str(entry), suffixes)]
+
+
+def has_suffix(folder: Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a folder holds a file with one of the suffixes."""
+    return any(file.name.endswith(suffixes) for file in folder.iterdir() if file.is_file())
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` made the folder, of one data set or of several splits."""
+    return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _expand(entry: str, suffixes: tuple[str, ...]) -> list[Path]:
+    path = Path(entry).expanduser()
+    if path.is_file() or is_saved_dataset(path):
+        return [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(suffixes))
+        if not files:
+            raise DataError(f"{entry}: the folder holds no file ending in {' or '.join(suffixes)}; check the path")
+        return files
+    if any(mark in entry for mark in "*?["):
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        if not found:
+            raise DataError(f"{entry}: no file matches this pattern; check it (quote it so that the shell leaves it)")
+        return found
+    parent = path.parent if path.parent.is_dir() else None
+    near = sorted(file.name for file in parent.iterdir() if file.name.endswith(suffixes))[:5] if parent else []
+    hint = f"the folder holds {', '.join(near)}" if near else "check the path"
+    raise DataError(f"{entry}: no such file or folder; {hint}")
+
+
+def read_jsonl(file: Path) -> Iterator[Record]:
+    """Records of a JSON Lines file (gzip by suffix), one object a line; blank lines are passed over.
+
+    Raises:
+        DataError: a file that cannot be read or is empty, a line that is not UTF-8, not JSON or no object.
+    """
+    found = False
+    for number, line in enumerate(_lines(file), start=1):
+        if number == 1:
+            line = line.removeprefix(_UTF8_BOM)
+        if not line.strip():
+            continue
+        found = True
+        source = f"{file}:{number}"
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{source}: not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}); "
+                "save the file as UTF-8"
+            ) from error
+        except json.JSONDecodeError as error:
+            if number == 1 and line.lstrip()[:1] == b"[":
+                raise DataError(_array_message(source)) from error
+            raise DataError(
+                f"{source}: not valid JSON ({error.msg} at column {error.colno}); "
+                "each line must be one whole JSON object: fix or remove it"
+            ) from error
+        except RecursionError as error:
+            raise DataError(f"{source}: JSON nested too deeply to read; fix or remove the line") from error
+        if not isinstance(value, dict):
+            if isinstance(value, list) and number == 1:
+                raise DataError(_array_message(source))
+            raise DataError(f'{source}: expected a JSON object such as {{"text": ...}}; got {type(value).__name__}')
+        yield Record(source, value)
+    if not found:
+        raise DataError(f"{file}: the file is empty; expected one JSON object a line")
+
+
+def _array_message(source: str) -> str:
+    return (
+        f"{source}: the file holds a JSON array, and JSON Lines (one object a line) are needed; "
+        "convert it: jq -c '.[]' data.json > data.jsonl"
+    )
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    try:
+        with _open(file) as stream:
+            yield from stream
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read ({error}); check the file and its permissions") from error
+
+
+def _open(file: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(file)) if file.name.endswith(".gz") else file.open("rb")
+
+
+def read_parquet(file: Path, columns: Iterable[str]) -> Iterator[Record]:
+    """Records of a Parquet file with those of `columns` that it has; rows are named from 0.
+
+    Raises:
+        DataError: a file that is not Parquet or is empty.
+    """
+    import pyarrow as pa  # here and not above: JSON Lines need no Arrow until the end
+    import pyarrow.parquet as pq
+
+    try:
+        reader = pq.ParquetFile(file, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a Parquet file ({one_line(error)}); check the file or its suffix") from error
+    with reader:
+        chosen = _chosen(file, reader.schema_arrow.names, columns)
+        yield from _rows(file, reader.iter_batches(batch_size=_ROWS_AT_ONCE, columns=chosen))
+
+
+def read_arrow(file: Path, columns: Iterable[str]) -> Iterator[Record]:
+    """Records of an Arrow file (file or stream form) or a folder made by `Dataset.save_to_disk`; rows from 0.
+
+    Raises:
+        DataError: a file that is not Arrow or is empty, or a folder with several splits.
+    """
+    import pyarrow as pa
+
+    if file.is_dir():
+        yield from _dataset_records(str(file), _load_from_disk(file), columns)
+        return
+    try:
+        with pa.memory_map(str(file)) as source:
+            is_file_form = source.read(6) == b"ARROW1"
+            source.seek(0)
+            table = (pa.ipc.open_file(source) if is_file_form else pa.ipc.open_stream(source)).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not an Arrow file ({one_line(error)}); check the file or its suffix") from error
+    yield from _rows(file, table.select(_chosen(file, table.column_names, columns)).to_batches(_ROWS_AT_ONCE))
+
+
+def read_hub(name: str, config: str | None, split: str, columns: Iterable[str]) -> Iterator[Record]:
+    """Records of a data set on the Hugging Face hub, through the cache of `datasets`; rows from 0.
+
+    Raises:
+        DataError: a data set, configuration or split that does not exist, or no way to reach the hub.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, config, split=split)
+    except ConnectionError as error:
+        raise DataError(
+            f"{name}: the Hugging Face hub cannot be reached and the data set is not in the local cache; connect, or "
+            "download it elsewhere and give the files by path (data=jsonl data.path=..., packflex pack FILE)"
+        ) from error
+    # load_dataset raises these for names, configurations, splits and files; RuntimeError for old script data sets
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{name}: the data set could not be loaded with config={config!r}, split={split!r} ({one_line(error)}); "
+            "check the names on its page on the hub"
+        ) from error
+    yield from _dataset_records(name, dataset, columns)
+
+
+def _load_from_disk(folder: Path) -> Dataset:
+    import datasets
+    import pyarrow as pa
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise DataError(
+            f"{folder}: not a folder that Dataset.save_to_disk wrote ({one_line(error)}); save the data set again"
+        ) from error
+    if not isinstance(loaded, datasets.Dataset):
+        raise DataError(f"{folder}: holds the splits {', '.join(map(str, loaded))}; give the folder of one of them")
+    return loaded
+
+
+def _dataset_records(name: str, dataset: Dataset, columns: Iterable[str]) -> Iterator[Record]:
+    chosen = _chosen(name, dataset.column_names, columns)
+    number = 0
+    for batch in dataset.select_columns(chosen).with_format(None).iter(batch_size=_ROWS_AT_ONCE):
+        for row in zip(*(batch[column] for column in chosen), strict=True):
+            values = {column: _without_nulls(value) for column, value in zip(chosen, row, strict=True)}
+            yield Record(f"{name}:row {number}", values)
+            number += 1
+    if not number:
+        raise DataError(f"{name}: the data set has no rows")
+
+
+def _rows(file: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
+    import pyarrow as pa
+
+    number = 0
+    try:
+        for batch in batches:
+            for values in batch.to_pylist():
+                yield Record(f"{file}:row {number}", {key: _without_nulls(value) for key, value in values.items()})
+                number += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: broken after row {number} ({one_line(error)}); write the file again") from error
+    if not number:
+        raise DataError(f"{file}: the file has no rows")
+
+
+def _chosen(name: str | Path, present: Sequence[str], wanted: Iterable[str]) -> list[str]:
+    chosen = [column for column in dict.fromkeys(wanted) if column in present]
+    if not chosen:
+        raise DataError(
+            f"{name}: none of the columns {', '.join(map(repr, dict.fromkeys(wanted)))} is there; it has "
+            f"{', '.join(map(repr, present)) or 'none'}: name yours with text_field, prompt_field and "
+            "completion_field, or messages_field (--text-field, ... on the command line)"
+        )
+    return chosen
+
+
+def _without_nulls(value: Any) -> Any:
+    """Nested objects without null members: Arrow gives every object the members of all others, as nulls."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(member) for key, member in value.items() if member is not None}
+    if isinstance(value, list):
+        return [_without_nulls(member) for member in value]
+    return value

@@ -1,0 +1,245 @@
+"""`load_documents`: raw documents of any source as one `Dataset` with the same columns.
+
+Every source ends as one of three forms, each with a `source` column that names the record in later errors:
+
+    text        text, source
+    prompt      prompt, completion, source
+    messages    messages, tools, source     both JSON text: Arrow would give every message the keys of all others
+
+Records are read and checked here one by one, so that a wrong one is named by file and line. They are held in memory in
+Arrow (about the size of the text).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from packflex.data.errors import DataError
+from packflex.data.readers import (
+    Record,
+    find_files,
+    has_suffix,
+    is_saved_dataset,
+    read_arrow,
+    read_hub,
+    read_jsonl,
+    read_parquet,
+)
+from packflex.data.records import Fields, Format, detect_format, normalise
+from packflex.data.stdlib_corpus import Split, StdlibCorpus, read_stdlib
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Kind = Literal["stdlib", "jsonl", "parquet", "arrow", "hub", "gsm8k", "chat"]
+Paths = str | Path | Sequence[str | Path]
+
+_SUFFIXES: dict[str, tuple[str, ...]] = {
+    "jsonl": (".jsonl", ".ndjson", ".json", ".jsonl.gz"),
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+}
+# A question and its worked answer; the prompt ends in a newline so that the answer starts a token of its own.
+_GSM8K_PROMPT = "Question: {question}\nAnswer:\n"
+_CHUNK_ROWS = 2000  # of Arrow tables: keeps a chunk of long documents far from Arrow's 2 GiB of string offsets
+
+
+def load_documents(
+    kind: Kind,
+    path: Paths | None = None,
+    *,
+    format: Format = "auto",
+    text_field: str = "text",
+    prompt_field: str = "prompt",
+    completion_field: str = "completion",
+    messages_field: str = "messages",
+    tools_field: str = "tools",
+    config: str | None = None,
+    split: str = "train",
+    heldout_percent: int = 5,
+    limit: int | None = None,
+) -> Dataset:
+    """Documents of a source as a `Dataset` of raw text.
+
+    Args:
+        kind: "stdlib" (the interpreter's own library), "jsonl", "parquet", "arrow" (an Arrow file or a folder made by
+            `save_to_disk`), "hub" (`path` is a data set id), "gsm8k" (`path` is a JSON Lines file with question and
+            answer; the hub without it), "chat" (JSON Lines, Parquet or Arrow with a list of messages).
+        path: a file, a folder, a glob, or a list of them; files are read in sorted order for a folder or a glob.
+        format: "text", "prompt" (prompt and completion), "messages", or "auto": by the fields of the first record,
+            messages before prompt and completion before text.
+        text_field, prompt_field, completion_field, messages_field, tools_field: what the fields are called in the
+            source. `tools_field` may be absent from a record.
+        config: hub configuration (subset).
+        split: hub split such as "train" or "train[:1000]"; for "stdlib" "train", "heldout" or "all".
+        heldout_percent: share of "stdlib" that is held out.
+        limit: stop after this many records.
+
+    Returns:
+        `Dataset` with the columns of its form, see the module's docstring.
+
+    Raises:
+        DataError: anything wrong with the data; one line with file, line and remedy.
+        ValueError: an unknown kind or format, or an argument out of range.
+
+    Example:
+        >>> load_documents("jsonl", "train.jsonl", prompt_field="question", completion_field="answer").column_names
+        ['prompt', 'completion', 'source']
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}; got {kind!r}")
+    if format not in get_args(Format):
+        raise ValueError(f"format must be one of {', '.join(get_args(Format))}; got {format!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, or None for all records; got {limit}")
+    fields = Fields(text_field, prompt_field, completion_field, messages_field, tools_field)
+    if kind == "stdlib":
+        return _to_dataset(islice(_stdlib_records(split, heldout_percent), limit), "prompt", Fields())
+    if kind == "gsm8k":
+        return _to_dataset(islice(_gsm8k_records(path, split), limit), "prompt", Fields())
+    if kind == "chat":
+        kind, format = guess_kind(path), "messages"
+    records: Iterable[Record]
+    if kind == "hub":
+        if not isinstance(path, str):
+            raise DataError(f"a hub data set is named by one id such as openai/gsm8k; got path={path!r}")
+        records = read_hub(path, config, split, fields.names())
+    else:
+        records = chain.from_iterable(_READERS[kind](file, fields) for file in _files(kind, path))
+    iterator = iter(records)
+    first = next(iterator, None)
+    if first is None:
+        raise DataError(f"{path}: holds no record")  # each reader says so itself, with the file's name
+    found = detect_format(first, fields) if format == "auto" else format
+    return _to_dataset(islice(chain([first], iterator), limit), found, fields)
+
+
+def guess_kind(path: Paths | None) -> Kind:
+    """Kind of a path by its suffix: "jsonl", "parquet" or "arrow"; "stdlib" by that name; else "hub" for an id.
+
+    Raises:
+        DataError: paths of several kinds, a suffix that is not known, or a path that does not exist.
+
+    Example:
+        >>> guess_kind("train.jsonl"), guess_kind("openai/gsm8k")
+        ('jsonl', 'hub')
+    """
+    if path is None:
+        raise DataError("no input was given; name a file, a folder, a glob, a hub data set id or 'stdlib'")
+    entries = [path] if isinstance(path, (str, Path)) else list(path)
+    kinds: set[Kind] = {_guess_one(str(entry)) for entry in entries}
+    if len(kinds) != 1:
+        raise DataError(
+            f"inputs of one kind are needed at a time; got {', '.join(sorted(kinds)) or 'none'} "
+            f"from {', '.join(map(str, entries)) or 'an empty list'}"
+        )
+    return kinds.pop()
+
+
+def _guess_one(entry: str) -> Kind:
+    if entry == "stdlib":
+        return "stdlib"
+    for kind, suffixes in _SUFFIXES.items():
+        if entry.endswith(suffixes):
+            return kind  # type: ignore[return-value]
+    path = Path(entry).expanduser()
+    if is_saved_dataset(path):
+        return "arrow"
+    if path.is_dir():
+        for kind, suffixes in _SUFFIXES.items():
+            if has_suffix(path, suffixes):
+                return kind  # type: ignore[return-value]
+        raise DataError(f"{entry}: the folder holds no .jsonl, .parquet or .arrow file")
+    if path.exists():
+        raise DataError(f"{entry}: unknown kind of file; expected .jsonl, .jsonl.gz, .parquet or .arrow")
+    # Hub ids are "name" or "owner/name"; a single name that ends like a file's is a file that is not there.
+    is_file_name = "/" not in entry and path.suffix[1:].isalpha()
+    if entry.count("/") > 1 or entry.startswith((".", "/", "~")) or any(c in entry for c in "*?[\\") or is_file_name:
+        raise DataError(f"{entry}: no such file or folder; check the path")
+    return "hub"
+
+
+def _jsonl(file: Path, _fields: Fields) -> Iterator[Record]:
+    return read_jsonl(file)
+
+
+def _parquet(file: Path, fields: Fields) -> Iterator[Record]:
+    return read_parquet(file, fields.names())
+
+
+def _arrow(file: Path, fields: Fields) -> Iterator[Record]:
+    return read_arrow(file, fields.names())
+
+
+_READERS = {"jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow}
+
+
+def _files(kind: str, path: Paths | None) -> list[Path]:
+    if path is None:
+        raise DataError(f"data of kind {kind!r} needs a path: a file, a folder, a glob or a list of them")
+    return find_files(path, _SUFFIXES[kind])
+
+
+def _stdlib_records(split: str, heldout_percent: int) -> Iterator[Record]:
+    if split not in get_args(Split):
+        raise ValueError(f"split of 'stdlib' must be one of {', '.join(get_args(Split))}; got {split!r}")
+    corpus = _stdlib()
+    for i in corpus.select(split, heldout_percent):  # type: ignore[arg-type]
+        yield Record(f"stdlib:{corpus.sources[i]}", {"prompt": corpus.prompts[i], "completion": corpus.completions[i]})
+
+
+@lru_cache(maxsize=1)
+def _stdlib() -> StdlibCorpus:
+    # Parsing takes seconds, and train and held-out documents are asked for one after the other.
+    return read_stdlib()
+
+
+def _gsm8k_records(path: Paths | None, split: str) -> Iterator[Record]:
+    fields = Fields(prompt="question", completion="answer")
+    if path is None:
+        records = read_hub("openai/gsm8k", "main", split, fields.names())
+    else:
+        records = chain.from_iterable(read_jsonl(file) for file in _files("jsonl", path))
+    for record in records:
+        values = normalise(record, "prompt", fields)
+        prompt = _GSM8K_PROMPT.format(question=values["prompt"])
+        yield Record(record.source, {"prompt": prompt, "completion": values["completion"]})
+
+
+def _to_dataset(records: Iterable[Record], format: str, fields: Fields) -> Dataset:
+    import pyarrow as pa  # here and not above: naming a kind of source must not cost the second that these take
+    from datasets import Dataset
+
+    rows = ({**normalise(record, format, fields), "source": record.source} for record in records)
+    tables = []
+    while chunk := list(islice(rows, _CHUNK_ROWS)):
+        columns = {name: _string_column([row[name] for row in chunk], name, chunk) for name in chunk[0]}
+        tables.append(pa.table(columns))
+    if not tables:
+        raise DataError("this split holds no document; choose another split or a larger heldout_percent")
+    return Dataset(pa.concat_tables(tables))
+
+
+def _string_column(values: list[str], name: str, rows: list[dict[str, str]]) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.array(values, pa.string())
+    except UnicodeEncodeError as error:
+        at = next(i for i, value in enumerate(values) if not _encodable(value))
+        raise DataError(
+            f"{rows[at]['source']}: {name!r} holds a lone surrogate ({error.object[error.start]!r}), which is no "
+            "valid text; remove it or write the file again as UTF-8"
+        ) from error
+
+
+def _encodable(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

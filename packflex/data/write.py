@@ -1,0 +1,308 @@
+"""Packed data sets on disk: shards of Parquet or Arrow beside a manifest that says how they were made.
+
+A data set is a folder: `manifest.json` and `data-00000-of-00002.parquet` or `.arrow`. It is written aside and renamed
+into place, so a folder of that name is whole; what is not is refused when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from packflex.data.errors import DataError, one_line
+from packflex.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint, tokenizer_name
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+FileFormat = Literal["parquet", "arrow"]
+MANIFEST_NAME = "manifest.json"
+# Raise it when an older reader would misread what is written.
+MANIFEST_VERSION = 1
+_COLUMNS = ("input_ids", "labels", "lengths")
+_SHARD_BYTES = 512 * 2**20  # of Arrow memory
+_ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class PackedManifest:
+    """How a packed data set was made, and what it must hold.
+
+    Attributes:
+        manifest_version: of this record; a reader refuses a later one.
+        packflex_version: that wrote it.
+        file_format: "parquet" or "arrow".
+        files: bytes of each shard by name, in order.
+        rows, documents, tokens, supervised_tokens: what the shards hold; documents count pieces where one was split.
+        seq_len: tokens a row can hold.
+        efficiency: `tokens / (rows * seq_len)`.
+        strategy, overflow, seed: arguments of `pack_dataset`.
+        sources: the inputs as they were named.
+        source_fingerprint: SHA-256 of the raw documents, see `documents_fingerprint`.
+        document_format: "text", "prompt" or "messages".
+        tokenizer: its name.
+        tokenizer_fingerprint: see `packflex.data.tokenizer.tokenizer_fingerprint`.
+        chat_template_fingerprint: of the template that wrote conversations, else None.
+        counts: what happened to documents on the way (read, dropped, truncated, split, ...).
+    """
+
+    manifest_version: int
+    packflex_version: str
+    file_format: str
+    files: dict[str, int]
+    rows: int
+    documents: int
+    tokens: int
+    supervised_tokens: int
+    seq_len: int
+    efficiency: float
+    strategy: str
+    overflow: str
+    seed: int
+    sources: list[str]
+    source_fingerprint: str
+    document_format: str
+    tokenizer: str
+    tokenizer_fingerprint: str
+    chat_template_fingerprint: str | None
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PackedData:
+    """A packed data set read from disk: its rows and its manifest."""
+
+    dataset: Dataset
+    manifest: PackedManifest
+
+
+def write_packed(
+    packed: Dataset,
+    output: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    strategy: str,
+    overflow: str,
+    seed: int,
+    sources: list[str],
+    source_fingerprint: str,
+    document_format: str,
+    counts: Mapping[str, int] | None = None,
+    file_format: FileFormat = "parquet",
+    overwrite: bool = False,
+) -> PackedManifest:
+    """Write packed rows and their manifest to a new folder, all or nothing.
+
+    Args:
+        packed: columns input_ids, labels and lengths, as `pack_dataset` makes them; others are left out.
+        output: the folder; its parent is made when missing.
+        tokenizer: that made the ids.
+        seq_len, strategy, overflow, seed, sources, source_fingerprint, document_format, counts: for the manifest.
+        file_format: "parquet" (smaller) or "arrow" (read in place, without a copy).
+        overwrite: replace a packed data set that is there.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        DataError: a folder that is there already, or an empty data set.
+        ValueError: an unknown file format, or rows that do not fit `seq_len`.
+    """
+    import packflex
+    from packflex.inspect import summarise
+
+    if file_format not in get_args(FileFormat):
+        raise ValueError(f"file_format must be 'parquet' or 'arrow'; got {file_format!r}")
+    folder = Path(output).expanduser()
+    check_output(folder, overwrite)
+    if not len(packed):
+        raise DataError("there is no packed row to write; pack at least one document")
+    report = summarise(packed, seq_len)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
+    try:
+        files = _write_shards(packed.select_columns(list(_COLUMNS)), aside, file_format)
+        manifest = PackedManifest(
+            manifest_version=MANIFEST_VERSION,
+            packflex_version=packflex.__version__,
+            file_format=file_format,
+            files=files,
+            rows=report.rows,
+            documents=report.documents,
+            tokens=report.tokens,
+            supervised_tokens=report.supervised_tokens,
+            seq_len=seq_len,
+            efficiency=report.efficiency,
+            strategy=strategy,
+            overflow=overflow,
+            seed=seed,
+            sources=list(sources),
+            source_fingerprint=source_fingerprint,
+            document_format=document_format,
+            tokenizer=tokenizer_name(tokenizer),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            chat_template_fingerprint=chat_template_fingerprint(tokenizer) if document_format == "messages" else None,
+            counts=dict(counts or {}),
+        )
+        # Last: a folder without it is half-written.
+        (aside / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+        os.chmod(aside, 0o755)  # mkdtemp keeps others out
+        _move_into_place(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return manifest
+
+
+def check_output(output: str | Path, overwrite: bool = False) -> None:
+    """Refuse a folder that `write_packed` would refuse, before the work that comes first.
+
+    Raises:
+        DataError: a folder that is there already, unless it is a packed data set and may be replaced.
+    """
+    folder = Path(output).expanduser()
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise DataError(f"{folder}: is there already; choose another output, or replace it (overwrite, --overwrite)")
+    if not (folder / MANIFEST_NAME).is_file():
+        raise DataError(
+            f"{folder}: is there and is no packed data set, so it is not replaced; choose another output or remove it"
+        )
+
+
+def read_manifest(path: str | Path) -> PackedManifest:
+    """Manifest of a packed data set, checked against the files that are there.
+
+    Raises:
+        DataError: no packed data set, one that is half-written or damaged, or one of a later packflex.
+    """
+    folder = Path(path).expanduser()
+    file = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give the output folder of `packflex pack`")
+    if not file.is_file():
+        raise DataError(
+            f"{folder}: no {MANIFEST_NAME} in it, so it is not a packed data set, or its writing was cut short; "
+            "give the output folder of `packflex pack`, or pack again"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: not valid JSON ({one_line(error)}); pack the data set again") from error
+    version = content.get("manifest_version") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise DataError(f"{file}: not a manifest of packflex (it has no manifest_version); give another folder")
+    if version > MANIFEST_VERSION:
+        raise DataError(
+            f"{file}: written by packflex {content.get('packflex_version')} as version {version}, and this packflex "
+            f"reads up to {MANIFEST_VERSION}; upgrade packflex"
+        )
+    expected = {field.name for field in fields(PackedManifest)}
+    if content.keys() != expected:
+        raise DataError(
+            f"{file}: missing {sorted(expected - content.keys())}, unknown {sorted(content.keys() - expected)}; "
+            "pack the data set again"
+        )
+    manifest = PackedManifest(**content)
+    for name, size in manifest.files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found:,} bytes"
+            raise DataError(
+                f"{folder / name}: {state}, and the manifest says {size:,} bytes; the data set is incomplete: copy or "
+                "pack it again"
+            )
+    return manifest
+
+
+def load_packed(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> PackedData:
+    """Read a packed data set, after checking that it is whole and made with `tokenizer`.
+
+    Arrow shards are mapped into memory; Parquet shards go through the cache of `datasets`, which maps them too.
+
+    Args:
+        path: the folder that `write_packed` (or `packflex pack`) made.
+        tokenizer: the model's; ids of another one would be other words. Not checked when None.
+
+    Raises:
+        DataError: a data set that is missing, incomplete or damaged, or made with another tokenizer (both are named).
+    """
+    import datasets
+
+    folder = Path(path).expanduser()
+    manifest = read_manifest(folder)
+    if tokenizer is not None and tokenizer_fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
+        raise DataError(
+            f"{folder}: packed with the tokenizer {manifest.tokenizer}, and {tokenizer_name(tokenizer)} gives other "
+            "ids; use the first, or pack the data set again with the second"
+        )
+    shards = [str(folder / name) for name in manifest.files]
+    try:
+        if manifest.file_format == "arrow":
+            dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(shard) for shard in shards])
+        else:
+            dataset = datasets.Dataset.from_parquet(shards)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{folder}: the shards cannot be read ({one_line(error)}); copy or pack the data set again"
+        ) from error
+    if len(dataset) != manifest.rows:
+        raise DataError(
+            f"{folder}: the shards hold {len(dataset):,} rows, and the manifest says {manifest.rows:,}; "
+            "copy or pack the data set again"
+        )
+    return PackedData(dataset, manifest)
+
+
+def documents_fingerprint(documents: Dataset) -> str:
+    """SHA-256 of raw documents: their columns and texts in order, without where they were read from."""
+    columns = [name for name in documents.column_names if name != "source"]
+    digest = hashlib.sha256(json.dumps(columns).encode())
+    for batch in documents.select_columns(columns).iter(batch_size=_ROWS_AT_ONCE):
+        for row in zip(*(batch[column] for column in columns), strict=True):
+            text = json.dumps(row).encode()
+            digest.update(len(text).to_bytes(8, "little"))
+            digest.update(text)
+    return digest.hexdigest()
+
+
+def _move_into_place(aside: Path, folder: Path) -> None:
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+        os.rename(folder, old / folder.name)
+        os.rename(aside, folder)
+        shutil.rmtree(old)
+    else:
+        os.rename(aside, folder)
+
+
+def _write_shards(packed: Dataset, folder: Path, file_format: FileFormat) -> dict[str, int]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    integers = pa.list_(pa.int32())
+    schema = pa.schema([(name, integers) for name in _COLUMNS])
+    count = min(len(packed), max(1, -(-packed.data.nbytes // _SHARD_BYTES)))
+    files: dict[str, int] = {}
+    for index in range(count):
+        path = folder / f"data-{index:05d}-of-{count:05d}.{file_format}"
+        shard = packed.shard(count, index, contiguous=True).with_format("arrow")
+        writer: Any = (
+            pq.ParquetWriter(path, schema, compression="zstd")
+            if file_format == "parquet"
+            else pa.ipc.new_stream(str(path), schema)
+        )
+        with writer:
+            for batch in shard.iter(batch_size=_ROWS_AT_ONCE):
+                writer.write_table(batch.cast(schema))
+        files[path.name] = path.stat().st_size
+    return files

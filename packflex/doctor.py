@@ -1,0 +1,124 @@
+"""What `packflex doctor` finds out: versions, devices, which attention backend runs and why, whether it is right."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGES = ("packflex", "torch", "triton", "lightning", "transformers", "datasets", "tokenizers", "numpy")
+# Awkward on purpose: one token, no multiple of a tile, a padded tail, an almost empty row.
+_LENGTHS = ((63, 1, 40), (5,))
+_SEQ_LEN = 111
+
+
+@dataclass(frozen=True)
+class NumericsCheck:
+    """`flex_attention` against the fp64 oracle on packed rows.
+
+    Attributes:
+        backend: that ran.
+        device, dtype: where and in what.
+        errors: relative error of the output and the gradients of query, key and value.
+        tolerance: the largest that passes for the dtype.
+    """
+
+    backend: str
+    device: str
+    dtype: str
+    errors: dict[str, float]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every error is within the tolerance (NaN is not)."""
+        return all(error <= self.tolerance for error in self.errors.values())
+
+
+def versions() -> dict[str, str]:
+    """Installed versions by name; "not installed" for what is missing."""
+    found = {"python": f"{sys.version.split()[0]} ({platform.system()} {platform.machine()})"}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def devices() -> list[str]:
+    """The devices that torch sees, in words."""
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            f"cuda:{index} {properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+        )
+    return [*found, f"cpu, {torch.get_num_threads()} threads"]
+
+
+def backend_and_reason() -> tuple[str, str]:
+    """The backend that `flex_attention` takes for document masks on the default device, and why."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "triton", "a CUDA device is there: document masks run on the fused Triton kernels"
+    if not torch.backends.cuda.is_built():
+        return "reference", "this torch is built without CUDA: documents run one by one on the CPU, exactly"
+    return "reference", "torch sees no CUDA device (no driver, or none visible): documents run one by one on the CPU"
+
+
+def check_numerics() -> list[NumericsCheck]:
+    """Forward and backward of `flex_attention` on small packed rows, against attention written out in float64."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return [_check("cpu", torch.float32)]
+    return [_check("cuda", torch.bfloat16), _check("cuda", torch.float16), _check("cpu", torch.float32)]
+
+
+def _check(device: str, dtype: torch.dtype) -> NumericsCheck:
+    import torch
+
+    from packflex.attention import flex_attention
+    from packflex.layout import PackedLayout
+    from packflex.masks import document_mask
+    from packflex.testing.oracle import attention_oracle, dense_document_mask
+    from packflex.testing.tolerances import RELATIVE, relative_error
+
+    layout = PackedLayout.from_lengths(_LENGTHS, _SEQ_LEN)
+    generator = torch.Generator().manual_seed(0)
+    heads, kv_heads, dim = 4, 2, 64
+    q, k, v = (
+        torch.randn(layout.batch_size, _SEQ_LEN, h, dim, generator=generator)
+        .to(device, dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for h in (heads, kv_heads, kv_heads)
+    )
+    up = torch.randn(layout.batch_size, heads, _SEQ_LEN, dim, generator=generator).to(device, dtype)
+    backend = "triton" if device == "cuda" else "reference"
+    mask = document_mask(layout.to(device))
+    out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, backend=backend)
+    grads = torch.autograd.grad(out, (q, k, v), up)
+    exact_q, exact_k, exact_v = (x.detach().cpu().double().requires_grad_() for x in (q, k, v))
+    expected, _ = attention_oracle(exact_q, exact_k, exact_v, dense_document_mask(layout))
+    expected_grads = torch.autograd.grad(expected, (exact_q, exact_k, exact_v), up.cpu().double())
+    names = ("output", "d query", "d key", "d value")
+    pairs = zip((out, *grads), (expected, *expected_grads), strict=True)
+    errors = {name: relative_error(ours, theirs) for name, (ours, theirs) in zip(names, pairs, strict=True)}
+    return NumericsCheck(
+        backend=backend,
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        errors=errors,
+        tolerance=RELATIVE[dtype],
+    )

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from packflex.data.chat import ChatEncoder
+from packflex.data.encoding import TextEncoder
+from packflex.data.errors import DataError
+from packflex.data.tokenizer import train_tokenizer
+
+# The form of Qwen, SmolLM and many others, with <|eos|> as the end of a turn.
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{{ eos_token }}"
+    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+# As Qwen3 and DeepSeek R1: thoughts are cut from turns that others follow.
+FORGETFUL = (
+    "{% for m in messages %}<{{ m.role }}>\n"
+    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}tools: {{ tools[0].function.name }}\n{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>\n{% if m.tool_calls %}call {{ m.tool_calls[0].function.name }}("
+    "{{ m.tool_calls[0].function.arguments | tojson }}){% else %}{{ m.content }}{% endif %}{{ eos_token }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+STRICT = "{{ raise_exception('roles must alternate') }}"
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "two plus two?"},
+    {"role": "assistant", "content": "four"},
+    {"role": "user", "content": "and two?"},
+    {"role": "assistant", "content": "six, I think"},
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return train_tokenizer([m["content"] for m in TALK] * 4, 300, tmp_path_factory.mktemp("cache"))
+
+
+def encode(plain, template, messages=TALK, turns="all", tools=None):
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = template
+    ids, labels = ChatEncoder(TextEncoder(tokenizer), turns).encode(messages, tools, "talk.jsonl:3")
+    assert len(ids) == len(labels)
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+    return ids, labels
+
+
+def spoken(plain, labels):
+    """Runs of supervised tokens as text."""
+    runs, run = [], []
+    for label in [*labels, -100]:
+        if label != -100:
+            run.append(label)
+        elif run:
+            runs.append(plain.decode(run))
+            run = []
+    return runs
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_loss_on_the_assistants_turns_and_their_end_only(plain, template):
+    ids, labels = encode(plain, template)
+    assert spoken(plain, labels) == ["four<|eos|>", "six, I think<|eos|>"]
+    text = "".join(f"<{m['role']}>\n{m['content']}<|eos|>\n" for m in TALK)
+    assert plain.decode(ids) == ("<|bos|>" if template is MARKED else "") + text  # one BOS, from the template
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, FORGETFUL])
+def test_last_turn_only_leaves_out_what_follows(plain, template):
+    thought = "<think></think>" if template is FORGETFUL else ""
+    ids, labels = encode(plain, template, [*TALK, {"role": "user", "content": "why?"}], turns="last")
+    assert spoken(plain, labels) == [f"{thought}six, I think<|eos|>"]
+    assert "why" not in plain.decode(ids)
+
+
+def test_boundary_is_the_one_of_inference(plain):
+    """The ids before an answer are those of the prompt that a model is given when it has to answer."""
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = CHATML
+    ids, labels = encode(plain, CHATML, TALK[:3])
+    prompt = tokenizer.apply_chat_template(TALK[:2], add_generation_prompt=True)["input_ids"]
+    first = next(i for i, label in enumerate(labels) if label != -100)
+    assert ids[:first] == prompt
+
+
+def test_template_that_rewrites_earlier_turns_is_refused_with_the_remedy(plain):
+    with pytest.raises(DataError, match=r"talk\.jsonl:3: .* writes message 2 differently.*turns='last'.*generation"):
+        encode(plain, FORGETFUL)
+    _, labels = encode(plain, FORGETFUL, TALK[:3])  # one turn: nothing is rewritten
+    assert spoken(plain, labels) == ["<think></think>four<|eos|>"]
+
+
+def test_tool_calls_and_tools(plain):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": None}}}
+    messages = [
+        {"role": "user", "content": "two plus two?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "four"},
+        {"role": "assistant", "content": "four"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    ids, labels = encode(plain, TOOLS, messages, tools=tools)
+    assert plain.decode(ids).startswith("tools: add\n<user>")
+    assert spoken(plain, labels) == ['call add({"a": 2, "b": null})<|eos|>', "four<|eos|>"]
+
+
+def test_turns_that_follow_one_another(plain):
+    messages = [*TALK[:3], {"role": "assistant", "content": "no"}]
+    _, labels = encode(plain, CHATML, messages)
+    assert spoken(plain, labels) == ["four<|eos|>", "no<|eos|>"]
+
+
+def test_without_an_end_mark_all_of_the_turn_is_supervised(plain):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    _, labels = encode(plain, template, TALK[:3])
+    assert spoken(plain, labels) == ["four\n"]
+
+
+def test_errors(plain):
+    with pytest.raises(DataError, match=r"has no chat template.*--chat-template FILE"):
+        ChatEncoder(TextEncoder(plain))
+    with pytest.raises(
+        DataError, match=r"talk\.jsonl:3: .* refuses the conversation \(roles must alternate; roles: sys"
+    ):
+        encode(plain, STRICT)
+    with pytest.raises(DataError, match=r"not valid Jinja \(.*, line 1\); fix the template"):
+        encode(plain, "{% for %}")
+    with pytest.raises(DataError, match=r"talk\.jsonl:3: the conversation starts with the assistant"):
+        encode(plain, CHATML, TALK[2:])

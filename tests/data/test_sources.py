@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict, disable_progress_bars
+
+from packflex.data import sources
+from packflex.data.errors import DataError
+from packflex.data.sources import guess_kind, load_documents
+from packflex.data.stdlib_corpus import read_stdlib
+
+disable_progress_bars()
+
+PAIRS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(5)]
+CHAT = [
+    {"role": "user", "content": "2+2?"},
+    {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": None}}}],
+    },
+    {"role": "tool", "content": "4"},
+    {"role": "assistant", "content": "4."},
+]
+
+
+def jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_jsonl_pairs_keep_order_and_name_their_lines(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", PAIRS)
+    documents = load_documents("jsonl", file)
+    assert documents.column_names == ["prompt", "completion", "source"]
+    assert documents.to_list() == [{**pair, "source": f"{file}:{i + 1}"} for i, pair in enumerate(PAIRS)]
+
+
+def test_more_records_than_a_chunk(tmp_path):
+    documents = load_documents("jsonl", jsonl(tmp_path / "a.jsonl", ({"text": str(i)} for i in range(4500))))
+    assert documents["text"][:] == [str(i) for i in range(4500)]
+
+
+def test_other_field_names_other_fields_and_mixed_types_beside(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", [{"q": "a", "a": "b", "id": 1}, {"q": "c", "a": "d", "id": "two", "x": {}}])
+    documents = load_documents("jsonl", file, prompt_field="q", completion_field="a")
+    assert documents["completion"][:] == ["b", "d"]
+
+
+def test_blank_lines_byte_order_mark_crlf_and_no_last_newline(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "\xc3\xa4\\n\xe2\x80\xa8"}')
+    documents = load_documents("jsonl", file)
+    assert documents.to_list() == [
+        {"text": "a", "source": f"{file}:1"},
+        {"text": "ä\n\u2028", "source": f"{file}:4"},
+    ]
+
+
+def test_files_by_list_folder_glob_and_gzip(tmp_path):
+    jsonl(tmp_path / "b.jsonl", [{"text": "b"}])
+    jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "notes.txt").write_text("no data")
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as stream:
+        stream.write('{"text": "c"}\n')
+    texts = lambda path: load_documents("jsonl", path)["text"][:]  # noqa: E731
+    assert texts(tmp_path) == ["a", "b", "c"]
+    assert texts(str(tmp_path / "*.jsonl")) == ["a", "b"]
+    assert texts([tmp_path / "b.jsonl", tmp_path / "a.jsonl"]) == ["b", "a"]
+
+
+def test_limit_stops_before_what_follows(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b"}\nnot json\n')
+    assert load_documents("jsonl", file, limit=2)["text"][:] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"limit must be at least 1.*got 0"):
+        load_documents("jsonl", file, limit=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"bad\.jsonl: the file is empty; expected one JSON object a line"),
+        (b"\n \n", r"bad\.jsonl: the file is empty"),
+        (b'{"text": "a"}\nnope\n', r"bad\.jsonl:2: not valid JSON \(Expecting value at column 1\); each line must be"),
+        (b'{"text": "a"}\n\n{"text": "b"\n', r"bad\.jsonl:3: not valid JSON"),
+        (b'[{"text": "a"}]', r"bad\.jsonl:1: the file holds a JSON array.*jq -c"),
+        (b'[\n{"text": "a"}\n]', r"bad\.jsonl:1: the file holds a JSON array"),
+        (b'{"text": "a"}\n"b"\n', r"bad\.jsonl:2: expected a JSON object .*; got str"),
+        (
+            b'{"text": "a"}\n{"txt": "b"}\n',
+            r"bad\.jsonl:2: field 'text' is missing \(fields here: 'txt'\).*--text-field",
+        ),
+        (b'{"text": "a"}\n{"text": 7}\n', r"bad\.jsonl:2: field 'text' must be a string; got int 7"),
+        (b'{"text": null}\n', r"bad\.jsonl:1: field 'text' must be a string; got null"),
+        (b'{"text": "\xff"}\n', r"bad\.jsonl:1: not UTF-8 \(byte 0xff at column 11\)"),
+        (b'{"text": "a"}\n{"text": "\\udc00"}\n', r"bad\.jsonl:2: 'text' holds a lone surrogate"),
+        (b'{"question": "a"}\n', r"bad\.jsonl:1: expected 'messages', or 'prompt' and 'completion'.*'question'"),
+        (b"[" * 100_000, r"bad\.jsonl:1: "),
+        (b'{"messages": []}', r"bad\.jsonl:1: 'messages' must be a list of at least one message; got list \[\]"),
+        (b'{"messages": "hi"}', r"bad\.jsonl:1: field 'messages' is a string but not JSON"),
+        (b'{"messages": {"role": "user"}}', r"bad\.jsonl:1: field 'messages' must be a list; got dict"),
+        (b'{"messages": ["hi"]}', r"bad\.jsonl:1: message 0 of 'messages' must be an object"),
+        (b'{"messages": [{"from": "human", "value": "hi"}]}', r"message 0 .*no 'role'.*rename 'from' to 'role'"),
+        (b'{"messages": [{"role": "user"}]}', r"'content' of message 0 \(user\) must be a string.*got null"),
+        (b'{"messages": [{"role": "user", "content": 1}]}', r"'content' of message 0 \(user\).*got int 1"),
+    ],
+)
+def test_bad_lines_are_named_in_one_line(tmp_path, content, message):
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_documents("jsonl", file)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_bad_gzip(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read \(Not a gzipped file"):
+        load_documents("jsonl", tmp_path / "a.jsonl.gz")
+
+
+def test_wrong_paths(tmp_path):
+    jsonl(tmp_path / "train.jsonl", PAIRS)
+    with pytest.raises(DataError, match=r"trian\.jsonl: no such file or folder; the folder holds train\.jsonl"):
+        load_documents("jsonl", tmp_path / "trian.jsonl")
+    with pytest.raises(DataError, match=r"\*\.jsonnl: no file matches this pattern"):
+        load_documents("jsonl", str(tmp_path / "*.jsonnl"))
+    with pytest.raises(DataError, match=r"the folder holds no file ending in \.parquet"):
+        load_documents("parquet", tmp_path)
+    with pytest.raises(DataError, match="data of kind 'jsonl' needs a path"):
+        load_documents("jsonl")
+    with pytest.raises(DataError, match="list of input paths is empty"):
+        load_documents("jsonl", [])
+    with pytest.raises(ValueError, match=r"kind must be one of stdlib, .*; got 'csv'"):
+        load_documents("csv", tmp_path)
+    with pytest.raises(ValueError, match=r"format must be one of auto, .*; got 'chatml'"):
+        load_documents("jsonl", tmp_path, format="chatml")
+
+
+def test_messages_and_tools_keep_their_own_keys(tmp_path):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    other = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    file = jsonl(tmp_path / "a.jsonl", [{"messages": CHAT, "tools": tools}, {"messages": other}])
+    for kind in ("jsonl", "chat"):
+        documents = load_documents(kind, file)
+        assert documents.column_names == ["messages", "tools", "source"]
+        assert [json.loads(m) for m in documents["messages"]] == [CHAT, other]
+        assert [json.loads(t) for t in documents["tools"]] == [tools, []]
+
+
+def test_forms_are_preferred_in_order_and_can_be_asked_for(tmp_path):
+    record = {"messages": CHAT, "prompt": "p", "completion": "c", "text": "t"}
+    file = jsonl(tmp_path / "a.jsonl", [record])
+    assert "messages" in load_documents("jsonl", file).column_names
+    assert load_documents("jsonl", file, format="text").column_names == ["text", "source"]
+    assert load_documents("jsonl", file, format="prompt")["completion"][0] == "c"
+
+
+def test_parquet_with_rows_named_from_zero(tmp_path):
+    pq.write_table(pa.table({"prompt": ["a", "b"], "completion": ["c", "d"], "n": [1, 2]}), tmp_path / "a.parquet")
+    documents = load_documents("parquet", tmp_path / "a.parquet")
+    assert documents.to_list()[1] == {"prompt": "b", "completion": "d", "source": f"{tmp_path}/a.parquet:row 1"}
+
+
+def test_parquet_messages_lose_the_nulls_that_arrow_adds(tmp_path):
+    other = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    pq.write_table(pa.Table.from_pylist([{"messages": CHAT}, {"messages": other}]), tmp_path / "a.parquet")
+    documents = load_documents("parquet", tmp_path)
+    first, second = (json.loads(messages) for messages in documents["messages"])
+    assert second == other
+    assert "content" not in first[1]
+    assert first[1]["tool_calls"][0]["function"]["arguments"] == {"a": 2}
+
+
+def test_bad_parquet(tmp_path):
+    (tmp_path / "a.parquet").write_text("no")
+    with pytest.raises(DataError, match=r"a\.parquet: not a Parquet file"):
+        load_documents("parquet", tmp_path / "a.parquet")
+    pq.write_table(pa.table({"prompt": ["a", None], "completion": ["c", "d"]}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet:row 1: field 'prompt' must be a string; got null"):
+        load_documents("parquet", tmp_path / "b.parquet")
+    pq.write_table(pa.table({"question": ["a"]}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet: none of the columns 'text', .*it has 'question'"):
+        load_documents("parquet", tmp_path / "c.parquet")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"d\.parquet: the file has no rows"):
+        load_documents("parquet", tmp_path / "d.parquet")
+
+
+def test_arrow_file_stream_and_saved_data_set(tmp_path):
+    table = pa.table({"text": ["a", "b"]})
+    with pa.ipc.new_file(str(tmp_path / "file.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pa.ipc.new_stream(str(tmp_path / "stream.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    Dataset(table).save_to_disk(tmp_path / "saved")
+    for name in ("file.arrow", "stream.arrow", "saved"):
+        documents = load_documents("arrow", tmp_path / name)
+        assert documents["text"][:] == ["a", "b"]
+        assert documents["source"][1] == f"{tmp_path / name}:row 1"
+    (tmp_path / "bad.arrow").write_text("nonsense")
+    with pytest.raises(DataError, match=r"bad\.arrow: not an Arrow file"):
+        load_documents("arrow", tmp_path / "bad.arrow")
+    DatasetDict({"train": Dataset(table), "test": Dataset(table)}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(DataError, match=r"splits: holds the splits train, test; give the folder of one of them"):
+        load_documents("arrow", tmp_path / "splits")
+
+
+def test_gsm8k_from_a_file(tmp_path):
+    file = jsonl(tmp_path / "train.jsonl", [{"question": "1+1?", "answer": "1+1 = 2\n#### 2"}])
+    assert load_documents("gsm8k", file).to_list() == [
+        {"prompt": "Question: 1+1?\nAnswer:\n", "completion": "1+1 = 2\n#### 2", "source": f"{file}:1"}
+    ]
+    jsonl(file, [{"question": "1+1?"}])
+    with pytest.raises(DataError, match=r"train\.jsonl:1: field 'answer' is missing"):
+        load_documents("gsm8k", file)
+
+
+def test_stdlib_splits_do_not_share_a_document(tmp_path, monkeypatch):
+    for i in range(200):
+        (tmp_path / f"module_{i}.py").write_text(f'def f{i}():\n    """Number {i}."""\n    return {i}\n')
+    small = read_stdlib(tmp_path)
+    monkeypatch.setattr(sources, "_stdlib", lambda: small)
+    train, heldout = (
+        load_documents("stdlib", split=split, heldout_percent=20)["source"][:] for split in ("train", "heldout")
+    )
+    assert sorted(train + heldout) == sorted(f"stdlib:module_{i}:f{i}" for i in range(200))
+    assert 20 < len(heldout) < 60
+    first = load_documents("stdlib", split="all", limit=1).to_list()
+    assert first == [
+        {"prompt": 'def f0():\n    """Number 0."""\n', "completion": "    return 0\n", "source": "stdlib:module_0:f0"}
+    ]
+    with pytest.raises(DataError, match="this split holds no document; choose another split or a larger heldout"):
+        load_documents("stdlib", split="heldout", heldout_percent=0)
+    with pytest.raises(ValueError, match="split of 'stdlib' must be one of train, heldout, all; got 'test'"):
+        load_documents("stdlib", split="test")
+
+
+def test_kinds_are_guessed_from_paths(tmp_path):
+    jsonl(tmp_path / "a.jsonl", PAIRS)
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
+    assert guess_kind("x.jsonl") == guess_kind("x.jsonl.gz") == guess_kind(tmp_path) == "jsonl"
+    assert guess_kind(["a.parquet", "b.parquet"]) == "parquet"
+    assert guess_kind(tmp_path / "saved") == guess_kind("x.arrow") == "arrow"
+    assert guess_kind("openai/gsm8k") == "hub"
+    assert guess_kind("wikitext") == guess_kind("org/data.v2") == "hub"
+    assert guess_kind("stdlib") == "stdlib"
+    with pytest.raises(DataError, match=r"train\.csv: no such file or folder"):
+        guess_kind("train.csv")
+    (tmp_path / "a.csv").write_text("a")
+    with pytest.raises(DataError, match=r"a\.csv: unknown kind of file; expected \.jsonl"):
+        guess_kind(tmp_path / "a.csv")
+    with pytest.raises(DataError, match="inputs of one kind are needed at a time; got jsonl, parquet"):
+        guess_kind(["a.jsonl", "b.parquet"])
+    with pytest.raises(DataError, match=r"\./nowhere: no such file or folder"):
+        guess_kind("./nowhere")
+
+
+def test_hub_that_cannot_be_reached_gives_one_line():
+    script = (
+        "from packflex.data.sources import load_documents\n"
+        "from packflex.data.errors import DataError\n"
+        "try:\n    load_documents('hub', 'packflex-tests/no-such-data')\n"
+        "except DataError as error:\n    print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    out = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout.startswith("packflex-tests/no-such-data: the Hugging Face hub cannot be reached")
+    assert out.stdout.count("\n") == 1
+
+
+def test_hub_records_go_through_the_same_checks(monkeypatch):
+    import datasets
+
+    def fake(name, config, split):
+        assert (name, config, split) == ("some/data", "main", "train[:2]")
+        return Dataset.from_dict({"question": ["a", "b"], "answer": ["c", None], "idx": [0, 1]})
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    options = {"config": "main", "split": "train[:2]", "prompt_field": "question", "completion_field": "answer"}
+    with pytest.raises(DataError, match=r"some/data:row 1: field 'answer' must be a string; got null"):
+        load_documents("hub", "some/data", **options)
+    assert load_documents("hub", "some/data", limit=1, **options)["completion"][:] == ["c"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ValueError("Unknown split x")))
+    with pytest.raises(DataError, match=r"some/data: .*split='x' \(Unknown split x\); check the names"):
+        load_documents("hub", "some/data", split="x")

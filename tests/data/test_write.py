@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+
+import pytest
+from datasets import Dataset, disable_progress_bars
+
+import packflex
+from packflex.data import write
+from packflex.data.errors import DataError
+from packflex.data.tokenizer import tokenizer_fingerprint, train_tokenizer
+from packflex.data.write import documents_fingerprint, load_packed, read_manifest, write_packed
+
+disable_progress_bars()
+
+ROWS = [
+    {"input_ids": [i, i + 1, i + 2, i], "labels": [-100, i + 1, -100, i], "lengths": [3, 1] if i % 2 else [4]}
+    for i in range(40)
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(["some text to learn from"] * 4, 270, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+
+
+def write_rows(output, tokenizer, rows=ROWS, **options):
+    return write_packed(
+        Dataset.from_list(rows),
+        output,
+        **{
+            "tokenizer": tokenizer,
+            "seq_len": 5,
+            "strategy": "best_fit",
+            "overflow": "split",
+            "seed": 3,
+            "sources": ["train.jsonl"],
+            "source_fingerprint": "ab" * 32,
+            "document_format": "prompt",
+            "counts": {"read": 60},
+            **options,
+        },
+    )
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "arrow"])
+@pytest.mark.parametrize("shard_bytes", [2**29, 400])
+def test_what_is_written_is_read(tmp_path, tokenizer, monkeypatch, file_format, shard_bytes):
+    monkeypatch.setattr(write, "_SHARD_BYTES", shard_bytes)
+    manifest = write_rows(tmp_path / "out", tokenizer, file_format=file_format)
+    data = load_packed(tmp_path / "out", tokenizer)
+    assert data.dataset.to_list() == ROWS
+    assert data.manifest == manifest == read_manifest(tmp_path / "out")
+    assert (len(manifest.files) == 1) == (shard_bytes == 2**29)
+    assert [*sorted(manifest.files), "manifest.json"] == sorted(os.listdir(tmp_path / "out"))
+
+
+def test_manifest_says_how_it_was_made(tmp_path, tokenizer):
+    manifest = asdict(write_rows(tmp_path / "deep" / "out", tokenizer))
+    assert manifest.pop("files").keys() == {"data-00000-of-00001.parquet"}
+    assert manifest == {
+        "manifest_version": 1,
+        "packflex_version": packflex.__version__,
+        "file_format": "parquet",
+        "rows": 40,
+        "documents": 60,
+        "tokens": 160,
+        "supervised_tokens": 80,
+        "seq_len": 5,
+        "efficiency": 0.8,
+        "strategy": "best_fit",
+        "overflow": "split",
+        "seed": 3,
+        "sources": ["train.jsonl"],
+        "source_fingerprint": "ab" * 32,
+        "document_format": "prompt",
+        "tokenizer": tokenizer.name_or_path,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "chat_template_fingerprint": None,
+        "counts": {"read": 60},
+    }
+
+
+def test_another_tokenizer_is_refused_by_both_names(tmp_path, tokenizer):
+    write_rows(tmp_path / "out", tokenizer)
+    other = train_tokenizer(["quite another text"] * 4, 265, tmp_path)
+    with pytest.raises(DataError, match="packed with the tokenizer") as caught:
+        load_packed(tmp_path / "out", other)
+    assert tokenizer.name_or_path in str(caught.value)
+    assert other.name_or_path in str(caught.value)
+    assert len(load_packed(tmp_path / "out").dataset) == 40
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(write.os, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        write_rows(tmp_path / "out", tokenizer)
+    assert not [name for name in os.listdir(tmp_path) if "out" in name]
+
+
+def test_existing_folders_are_replaced_only_on_request_and_only_packed_ones(tmp_path, tokenizer):
+    write_rows(tmp_path / "out", tokenizer)
+    with pytest.raises(DataError, match=r"out: is there already; choose another output.*--overwrite"):
+        write_rows(tmp_path / "out", tokenizer)
+    write_rows(tmp_path / "out", tokenizer, rows=ROWS[:3], overwrite=True)
+    assert len(load_packed(tmp_path / "out").dataset) == 3
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("x")
+    with pytest.raises(DataError, match="precious: is there and is no packed data set, so it is not replaced"):
+        write_rows(tmp_path / "precious", tokenizer, overwrite=True)
+
+
+def test_incomplete_and_damaged_data_sets_are_refused(tmp_path, tokenizer):
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="out: no such folder"):
+        load_packed(out)
+    write_rows(out, tokenizer)
+    shard = next(out.glob("*.parquet"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-10])
+    with pytest.raises(DataError, match=rf"parquet: has {len(content) - 10:,} bytes, and the manifest says"):
+        load_packed(out)
+    shard.write_bytes(b"x" * len(content))
+    with pytest.raises(DataError, match="the shards cannot be read"):
+        load_packed(out)
+    shard.unlink()
+    with pytest.raises(DataError, match="parquet: is missing, and the manifest says"):
+        load_packed(out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "manifest_version": 2}))
+    with pytest.raises(DataError, match=r"as version 2, and this packflex reads up to 1; upgrade"):
+        load_packed(out)
+    del manifest["seq_len"]
+    (out / "manifest.json").write_text(json.dumps({**manifest, "sequence": 1}))
+    with pytest.raises(DataError, match=r"missing \['seq_len'\], unknown \['sequence'\]"):
+        load_packed(out)
+    (out / "manifest.json").write_text("[]")
+    with pytest.raises(DataError, match="not a manifest of packflex"):
+        load_packed(out)
+    (out / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"manifest\.json: not valid JSON"):
+        load_packed(out)
+    (out / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"no manifest\.json in it.*cut short"):
+        load_packed(out)
+
+
+def test_fewer_rows_than_the_manifest_says(tmp_path, tokenizer):
+    out = tmp_path / "out"
+    write_rows(out, tokenizer)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "rows": 41}))
+    with pytest.raises(DataError, match="the shards hold 40 rows, and the manifest says 41"):
+        load_packed(out)
+
+
+def test_what_cannot_be_written(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="file_format must be 'parquet' or 'arrow'; got 'csv'"):
+        write_rows(tmp_path / "out", tokenizer, file_format="csv")
+    with pytest.raises(ValueError, match=r"row 0: 1 documents of 4 tokens .* seq_len=3"):
+        write_rows(tmp_path / "out", tokenizer, seq_len=3)
+    with pytest.raises(DataError, match="no packed row to write"):
+        write_packed(
+            Dataset.from_dict({"input_ids": [], "labels": [], "lengths": []}),
+            tmp_path / "out",
+            tokenizer=tokenizer,
+            seq_len=5,
+            strategy="best_fit",
+            overflow="split",
+            seed=0,
+            sources=[],
+            source_fingerprint="",
+            document_format="text",
+        )
+
+
+def test_documents_fingerprint_is_of_texts_in_order_only():
+    documents = Dataset.from_dict({"text": ["a", "b"], "source": ["x:1", "x:2"]})
+    moved = Dataset.from_dict({"text": ["a", "b"], "source": ["y:1", "y:2"]})
+    assert documents_fingerprint(documents) == documents_fingerprint(moved)
+    assert documents_fingerprint(documents) != documents_fingerprint(Dataset.from_dict({"text": ["b", "a"]}))
+    assert documents_fingerprint(documents) != documents_fingerprint(Dataset.from_dict({"text": ["ab", ""]}))

@@ -95,7 +95,7 @@ class CausalLMModule(L.LightningModule):
         self._val_totals.clear()
         if not count:
             raise ValueError("the held-out documents have no supervised token; check the data's labels")
-        self.log("val/loss", total / count, prog_bar=True)
+        self.log("val/loss", total / count, prog_bar=True, sync_dist=self.trainer.world_size > 1)
 
     def configure_optimizers(self) -> Any:
         """Optimizer over the parameters that are trained, and the scheduler by steps."""

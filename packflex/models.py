@@ -1,0 +1,194 @@
+"""Build the causal language model that a recipe trains: pretrained by folder or hub id, or random from a config.
+
+transformers is imported when a model is built, so that `SetupError` costs nothing to import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from packflex.data.errors import one_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Init = Literal["auto", "random", "pretrained"]
+
+# What transformers raises for names, files and configurations that cannot be used.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError)
+
+
+class SetupError(ValueError):
+    """A model, checkpoint, device or setting that was asked for and cannot be had; one line with the remedy."""
+
+
+def is_pretrained(path: str | Path | None, init: str = "auto") -> bool:
+    """Whether `build_model` loads weights: "auto" does when there is a path.
+
+    Raises:
+        SetupError: an unknown `init`.
+    """
+    if init not in get_args(Init):
+        raise SetupError(f"model.init must be one of {', '.join(get_args(Init))}; got {init!r}")
+    return init == "pretrained" or (init == "auto" and path is not None)
+
+
+def build_model(
+    path: str | Path | None = None,
+    init: str = "auto",
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A causal language model in float32, in training mode.
+
+    Args:
+        path: folder made by `save_pretrained`, or a hub id.
+        init: "pretrained" loads weights from `path`; "random" builds the same architecture without them; "auto" is
+            "pretrained" when there is a path.
+        architecture: a configuration written out, with `model_type`, for random weights without a download. Its key
+            `of` says which hub id it is of; with another path, the `config.json` there counts instead. A `vocab_size`
+            of None means as many as the tokenizer has.
+        tokenizer: whose ids the model must know; random models take over its special tokens.
+        revision: branch, tag or commit on the hub.
+        gradient_checkpointing: recompute activations in backward.
+        seed: of random weights.
+
+    Raises:
+        SetupError: nothing to build from, a path without a model, a hub id that cannot be reached, a vocabulary that
+            is smaller than the tokenizer's.
+
+    Example:
+        >>> build_model("HuggingFaceTB/SmolLM2-135M", "random", architecture={"of": "HuggingFaceTB/SmolLM2-135M", ...})
+    """
+    if is_pretrained(path, init):
+        if path is None:
+            raise SetupError(
+                "model.init=pretrained needs model.path: a folder made by save_pretrained, or a hub id such as "
+                "HuggingFaceTB/SmolLM2-135M"
+            )
+        model = _load(path, revision)
+    else:
+        model = _random(_configuration(path, architecture, tokenizer, revision), tokenizer, seed)
+    if tokenizer is not None:
+        _require_vocabulary(model, tokenizer, str(path or "the random model"))
+    if gradient_checkpointing:
+        # transformers renamed the method after 5.17
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model.train()
+
+
+def _load(path: str | Path, revision: str | None) -> PreTrainedModel:
+    import transformers
+
+    name = checked_name(path)
+    try:
+        # float32: training rounds updates away in shorter weights; mixed precision computes in bf16 all the same
+        return transformers.AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", dtype=torch.float32)
+    except _LOADING_ERRORS as error:
+        raise SetupError(_why(name, "model", error, "config.json and model.safetensors")) from error
+
+
+def _configuration(
+    path: str | Path | None,
+    architecture: Mapping[str, Any] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    revision: str | None,
+) -> PretrainedConfig:
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    written = dict(architecture or {})
+    of = written.pop("of", None)
+    if written and (path is None or str(path) == of):
+        if written.get("vocab_size", 0) is None:
+            if tokenizer is None:
+                raise SetupError("model.architecture.vocab_size is not set and there is no tokenizer to take it from")
+            written["vocab_size"] = len(tokenizer)
+        model_type = written.pop("model_type", None)
+        if model_type not in transformers.CONFIG_MAPPING:
+            raise SetupError(f"model.architecture.model_type={model_type!r} is not known to this transformers")
+        try:
+            return transformers.AutoConfig.for_model(model_type, **written)
+        except (StrictDataclassError, *_LOADING_ERRORS) as error:
+            raise SetupError(_unbuildable(error)) from error
+    if path is None:
+        raise SetupError("there is no model to build: set model.path, or model.architecture for random weights")
+    name = checked_name(path)
+    try:
+        return transformers.AutoConfig.from_pretrained(name, revision=revision or "main")
+    except _LOADING_ERRORS as error:
+        raise SetupError(
+            _why(name, "config.json", error, "config.json")
+            + "; off-line, random weights need model.architecture or one of the models written out in conf/model"
+        ) from error
+
+
+def _random(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> PreTrainedModel:
+    import transformers
+
+    if tokenizer is not None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise SetupError(_unbuildable(error)) from error
+
+
+def _unbuildable(error: Exception) -> str:
+    return (
+        f"no causal language model can be built from this configuration ({one_line(error)}); check model.architecture"
+    )
+
+
+def checked_name(path: str | Path) -> str:
+    """A model's folder or hub id, as transformers takes it; whether the hub has it is not asked.
+
+    Raises:
+        SetupError: a file, a folder without a model, or what looks like a folder and is none.
+    """
+    name = str(path)
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise SetupError(f"{name}: model.path is a file; give the folder that it is in, or a hub id")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise SetupError(
+                f"{name}: the folder holds no config.json; model.path needs a folder made by save_pretrained, or a "
+                "hub id"
+            )
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SetupError(f"{name}: no such folder; model.path needs a folder made by save_pretrained, or a hub id")
+    return name
+
+
+def _why(name: str, what: str, error: Exception, needed: str) -> str:
+    if Path(name).is_dir():
+        return f"{name}: no {what} could be read from this folder ({one_line(error)}); it needs {needed}"
+    return (
+        f"{name}: no local folder, and the Hugging Face hub gave no {what} ({one_line(error)}); check model.path and "
+        "the network, or build the architecture without weights (model.init=random)"
+    )
+
+
+def _require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    rows = len(cast(Tensor, model.get_input_embeddings().weight))
+    needed = len(tokenizer)
+    if needed > rows:
+        raise SetupError(
+            f"{name}: the model knows {rows:,} token ids and the tokenizer gives {needed:,}; use the model's own "
+            "tokenizer (tokenizer.path), or a smaller tokenizer.vocab_size for one that is trained"
+        )

@@ -1,0 +1,200 @@
+"""Checks before a run starts, values that depend on one another, and errors of Hydra's put into one line."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from packflex.attention.api import BACKENDS
+from packflex.models import SetupError, checked_name, is_pretrained
+
+# Least value of settings that are whole numbers, and whether null is one of their values.
+_WHOLE_NUMBERS = {
+    "seed": (0, False),
+    "packing.seq_len": (2, False),
+    "packing.batch_size": (1, False),
+    "packing.num_workers": (0, False),
+    "data.limit": (1, True),
+    "heldout.limit": (1, True),
+    "tokenize.max_length": (2, True),
+    "tokenize.num_proc": (1, True),
+    "tokenizer.vocab_size": (259, False),
+    "trainer.max_steps": (-1, False),
+    "trainer.max_epochs": (-1, True),
+    "trainer.accumulate_grad_batches": (1, False),
+    "steps.total": (1, True),
+    "steps.warmup": (0, True),
+    "sample.max_new_tokens": (1, False),
+}
+# What the command line of `packflex pack` calls a setting, in messages of packflex.data.
+_OPTION = re.compile(r"\(--([\w-]+)(?: (drop))?(, \.\.\.)?(?: on the command line)?\)")
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuse settings that cannot work, before the data is read.
+
+    Raises:
+        SetupError: a mandatory value that is not set, a number that is none or too small, no such model folder,
+            backend or GPU.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise SetupError(f"{missing[0]} is not set; give it on the command line: {missing[0]}=...")
+    for name, (least, nullable) in _WHOLE_NUMBERS.items():
+        value = OmegaConf.select(config, name)
+        if value is None and nullable:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise SetupError(f"{name}={value} must be a whole number of at least {least}")
+    rates = {"optimizer.lr": config.optimizer.lr} | {f"learning_rate.{k}": v for k, v in config.learning_rate.items()}
+    for name, value in rates.items():
+        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+            raise SetupError(f"{name}={value} must be a number above 0")
+    if config.model.path is not None:
+        checked_name(config.model.path)
+    _check_devices(config.trainer)
+    backend = config.attention.backend
+    if backend is not None and backend not in BACKENDS:
+        raise SetupError(f"attention.backend={backend} must be one of {', '.join(BACKENDS)}, or null for the best one")
+    if backend in ("triton", "torch") and config.trainer.accelerator == "cpu":
+        raise SetupError(f"attention.backend={backend} trains on a GPU only; use attention=auto, or trainer=gpu")
+
+
+def _check_devices(trainer: DictConfig) -> None:
+    if trainer.accelerator not in ("gpu", "cuda"):
+        return
+    found = torch.cuda.device_count()
+    if not found:
+        raise SetupError(
+            f"trainer.accelerator={trainer.accelerator}, and torch {torch.__version__} sees no CUDA GPU; use "
+            "trainer=cpu, or check the driver and that torch is a CUDA build (packflex doctor)"
+        )
+    if isinstance(trainer.devices, int) and trainer.devices > found:
+        raise SetupError(f"trainer.devices={trainer.devices}, and there are {found} GPUs; ask for at most {found}")
+
+
+def check_checkpoint(path: str | None, max_steps: int) -> int:
+    """Refuse a checkpoint that a run cannot go on from, before the data is read.
+
+    Returns:
+        Optimizer steps done so far: 0 without a checkpoint, and for a sharded one, whose files are not read here.
+
+    Raises:
+        SetupError: no such file or (sharded) folder, a file that is no checkpoint, or one of a run that is over.
+    """
+    if path is None or Path(path).is_dir():
+        return 0
+    if not Path(path).exists():
+        raise SetupError(
+            f"{path}: no such checkpoint; ckpt_path is a file that a run wrote, such as checkpoints/last.ckpt"
+        )
+    try:
+        steps = _loaded(path)["global_step"]
+    except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise SetupError(f"{path}: no checkpoint of this recipe; give one such as checkpoints/last.ckpt") from error
+    if 0 <= max_steps <= steps:
+        raise SetupError(
+            f"{path}: this run has done its {steps} steps, and trainer.max_steps={max_steps}; raise trainer.max_steps "
+            "to go on"
+        )
+    return steps
+
+
+def check_same_model(path: str | None, module: L.LightningModule) -> None:
+    """Refuse a checkpoint of another model.
+
+    Raises:
+        SetupError: naming the first weight that differs.
+    """
+    if path is None or Path(path).is_dir():
+        return
+    saved = {name: tuple(value.shape) for name, value in _loaded(path)["state_dict"].items()}
+    mine = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    for name in sorted(saved.keys() | mine.keys()):
+        if saved.get(name) != mine.get(name):
+            raise SetupError(
+                f"{path}: a checkpoint of another model: {name} has shape {saved.get(name, 'none')} there and "
+                f"{mine.get(name, 'none')} here; resume with the settings of its run (its config.yaml)"
+            )
+
+
+def _loaded(path: str) -> dict[str, Any]:
+    """A checkpoint whose tensors stay on the disk."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_single_run(trainer: L.Trainer) -> None:
+    """Refuse a multirun over several devices.
+
+    Raises:
+        SetupError: with the reason.
+    """
+    if trainer.world_size > 1 and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise SetupError(
+            f"--multirun with {trainer.world_size} devices: Lightning starts each further rank with this command line, "
+            "--multirun included, so every rank would run a sweep of its own; start one run for each setting, or use "
+            "trainer.devices=1"
+        )
+
+
+def fill_in(config: DictConfig, trainer: L.Trainer, rows: int) -> None:
+    """Set what follows from the rest: the learning rate's default, the number of steps and of warm-up steps.
+
+    Args:
+        config: changed in place.
+        trainer: for the number of devices and its limits.
+        rows: packed rows to train on.
+
+    Raises:
+        SetupError: a run without an end.
+    """
+    if config.optimizer.lr is None:
+        start = "pretrained" if is_pretrained(config.model.path, config.model.init) else "random"
+        config.optimizer.lr = config.learning_rate[start]
+    if config.steps.total is None:
+        batches = math.ceil(rows / (config.packing.batch_size * trainer.world_size))
+        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
+        by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
+        total = min(by_epochs, trainer.max_steps if trainer.max_steps > 0 else math.inf)
+        if math.isinf(total):
+            raise SetupError("the run has no end: set trainer.max_steps or trainer.max_epochs")
+        config.steps.total = int(total)
+    if config.steps.warmup is None:
+        config.steps.warmup = max(1, round(config.steps.total * config.steps.warmup_share))
+
+
+def one_line_of(error: BaseException) -> str:
+    """What an error says, in one line: Hydra adds the places that it looked in, and wraps what a target raised."""
+    cause = error.__cause__
+    if isinstance(error, InstantiationException) and isinstance(cause, ValueError):
+        return one_line_of(cause)
+    text = " ".join(str(error).split())
+    if isinstance(cause, Exception) and str(cause) not in str(error) and isinstance(error, HydraException):
+        text += " " + " ".join(str(cause).split())
+    for tail in (" Config search path:", " full_key:", " Set the environment variable HYDRA_FULL_ERROR", " See https"):
+        text = text.split(tail, 1)[0]
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read ({text}); quote a value with special characters: \"key='value'\""
+    text = re.sub(
+        r"^Could not override '(\S+)'\. To append to your config use (\S+).*",
+        r"there is no setting \1; --cfg job shows all of them (\2 adds one)",
+        text,
+    )
+    text = re.sub(r"^In '[\w/]+': ", "", text).replace(" Available options", "; available options")
+    return _OPTION.sub(_as_setting, text)
+
+
+def _as_setting(match: re.Match[str]) -> str:
+    option, value, more = match.groups()
+    group = "tokenize" if option == "on-unsupervised" else "data"
+    return f"({group}.{option.replace('-', '_')}={value or '...'}{more or ''})"

@@ -1,0 +1,158 @@
+"""From the `data` group to packed rows: documents, the tokenizer that goes with the model, tokens, rows."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from packflex import pack_dataset
+from packflex.data.errors import DataError
+from packflex.data.pack import plan_dataset
+from packflex.data.tokenize import TokenizedDocuments
+from packflex.data.tokenizer import load_tokenizer, train_tokenizer
+from packflex.models import is_pretrained
+from packflex.packing import PackingPlan
+
+# For a tokenizer that is trained here, which comes without one.
+_PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role + ':\\n' + (message.content or '') }}"
+    "{{ (eos_token if message.role == 'assistant' else '') + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+)
+
+# What happens, on the screen and in the run's log file, once for all ranks.
+say = rank_zero_only(logging.getLogger("finetune").info)
+
+
+@dataclass(frozen=True)
+class PackedSplits:
+    """Packed rows for training, tokenised and packed held-out documents (None without any), and how they were made."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    heldout: Dataset | None
+    heldout_documents: Dataset | None
+    train_documents: Dataset
+    plan: PackingPlan
+    notes: tuple[str, ...]
+
+
+def prepare(config: DictConfig) -> PackedSplits:
+    """Read, tokenise and pack what the config asks for.
+
+    Raises:
+        DataError: data that cannot be used; one line with file, line and remedy.
+    """
+    say("Reading documents")
+    train, heldout = load_splits(config)
+    say("Tokenising %s documents", f"{len(train) + len(heldout or ()):,}")
+    tokenizer = choose_tokenizer(config, train)
+    tokenize = instantiate(config.tokenize)
+    tokens: TokenizedDocuments = tokenize(train, tokenizer)
+    plan = _plan(tokens.dataset, config)
+    held = None if heldout is None else tokenize(heldout, tokenizer).dataset
+    say(
+        "Packed %s documents into %s rows of %s tokens, %.2f%% full; %s held out",
+        f"{plan.num_documents:,}", f"{plan.num_rows:,}", f"{plan.seq_len:,}", 100 * plan.efficiency,
+        "none" if held is None else f"{len(held):,}",
+    )  # fmt: skip
+    return PackedSplits(
+        tokenizer=tokenizer,
+        train=pack_dataset(tokens.dataset, plan=plan),
+        heldout=None if held is None else pack_dataset(held, plan=_plan(held, config)),
+        heldout_documents=held,
+        train_documents=tokens.dataset,
+        plan=plan,
+        notes=_notes(tokens, plan),
+    )
+
+
+def load_splits(config: DictConfig) -> tuple[Dataset, Dataset | None]:
+    """Raw documents to train on, and held-out ones if the config wants any."""
+    load, heldout = instantiate(config.data), config.heldout
+    documents = load()
+    if heldout.path is not None or heldout.split is not None:
+        where = {"path": heldout.path, "split": heldout.split}
+        given = {name: value for name, value in where.items() if value is not None}
+        found = load(**given, limit=None)
+        count = min(len(found), heldout.limit or len(found))
+        # spread over all of them: files are often sorted, and the first would be of one kind
+        return documents, found.select(np.linspace(0, len(found) - 1, count).round().astype(int))
+    if not 0 <= heldout.percent < 100:
+        raise DataError(f"heldout.percent must be from 0 to below 100; got {heldout.percent}")
+    if heldout.percent == 0:
+        return documents, None
+    count = max(1, round(len(documents) * heldout.percent / 100))
+    count = min(count, heldout.limit or count)
+    if count >= len(documents):
+        raise DataError(
+            f"{config.data.path}: {len(documents)} document cannot be shared between training and held-out; give "
+            "another file (heldout.path=...), or go without (heldout.percent=0)"
+        )
+    order = np.random.default_rng(config.seed).permutation(len(documents))
+    return documents.select(np.sort(order[count:])), documents.select(np.sort(order[:count]))
+
+
+def choose_tokenizer(config: DictConfig, documents: Dataset) -> PreTrainedTokenizerBase:
+    """The tokenizer that is named, else the pretrained model's, else one trained on the documents."""
+    chosen = config.tokenizer
+    if chosen.path is not None or is_pretrained(config.model.path, config.model.init):
+        name = chosen.path if chosen.path is not None else config.model.path
+        return load_tokenizer(name, chosen.chat_template, config.model.revision if chosen.path is None else None)
+    tokenizer = train_tokenizer(_texts(documents), chosen.vocab_size, config.paths.cache_dir)
+    if chosen.chat_template is not None:
+        path = Path(chosen.chat_template)
+        if not path.is_file():
+            raise DataError(f"{path}: no such chat template file; give a file with a Jinja template")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    elif "messages" in documents.column_names:
+        tokenizer.chat_template = _PLAIN_CHAT_TEMPLATE
+    return tokenizer
+
+
+def _texts(documents: Dataset) -> list[str]:
+    if "messages" in documents.column_names:
+        conversations = (json.loads(messages) for messages in documents["messages"])
+        return [
+            f"{m['role']}:\n{m['content']}"
+            for messages in conversations
+            for m in messages
+            if isinstance(m.get("content"), str)
+        ]
+    if "text" in documents.column_names:
+        return list(documents["text"])
+    return [p + c for p, c in zip(documents["prompt"], documents["completion"], strict=True)]
+
+
+def _plan(documents: Dataset, config: DictConfig) -> PackingPlan:
+    packing = config.packing
+    try:
+        plan = plan_dataset(documents, packing.seq_len, packing.strategy, packing.overflow, config.seed)
+    except ValueError as error:  # a packing setting that does not go with these documents
+        raise DataError(f"{error} (packing.seq_len={packing.seq_len}, packing.overflow={packing.overflow})") from error
+    if not plan.num_rows:
+        raise DataError(
+            f"all {plan.num_dropped} documents are longer than packing.seq_len={packing.seq_len}, and "
+            "packing.overflow=drop leaves none; raise it, or choose packing.overflow=split"
+        )
+    return plan
+
+
+def _notes(tokens: TokenizedDocuments, plan: PackingPlan) -> tuple[str, ...]:
+    notes = {
+        "documents without a supervised token were dropped": tokens.dropped,
+        f"documents were cut to tokenize.max_length ({tokens.truncated_tokens:,} tokens)": tokens.truncated,
+        "documents longer than a row were split": plan.num_split,
+        f"documents longer than a row were truncated ({plan.truncated_tokens:,} tokens)": plan.num_truncated,
+        f"documents longer than a row were dropped ({plan.dropped_tokens:,} tokens)": plan.num_dropped,
+    }
+    return tuple(f"{count:,} {what}" for what, count in notes.items() if count)

@@ -1,0 +1,52 @@
+"""Fully sharded training (FSDP2): what `trainer=fsdp` adds to `CausalLMModule`, and weights made whole again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from packflex.integrations.lightning import CausalLMModule
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """One data-parallel group of all devices; what Lightning calls "auto" is the number of nodes.
+
+    Args:
+        save_distributed_checkpoint: checkpoints are folders that every rank writes its part of, not one file.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = True) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
+
+    def setup_environment(self) -> None:
+        """Count the devices, which are known by now."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+class ShardedCausalLMModule(CausalLMModule):
+    """`CausalLMModule` for `ModelParallelStrategy`: each decoder layer is one unit that is gathered when it runs."""
+
+    model: Any
+
+    def configure_model(self) -> None:
+        """Shard the model over the data-parallel ranks, once."""
+        if isinstance(self.model, FSDPModule):
+            return
+        # Computes and gathers in bf16, adds gradients up in float32, keeps weights in float32.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        kinds = set(self.model._no_split_modules or ())
+        for layer in [m for m in self.model.modules() if type(m).__name__ in kinds]:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(self.model, mesh=mesh, mp_policy=policy)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """All weights on the CPU; of a sharded model on rank 0 alone, where every rank must call this."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -1,0 +1,191 @@
+"""Fine-tune a causal language model on packed documents.
+
+    python recipes/finetune.py                                    # a small model on this Python's own library, CPU
+    python recipes/finetune.py data=jsonl data.path=train.jsonl model.path=./my-model trainer=gpu packing.seq_len=8192
+
+Everything is a Hydra setting; conf/finetune.yaml lists them. Wrong input is one line on stderr and exit code 2
+(`debug=true` shows where it comes from).
+"""
+
+from __future__ import annotations
+
+import os
+
+# Threads that wait for one another sleep instead of spinning: with another process on the same cores, the default run
+# was 8 times slower without this. OpenMP reads it when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+import hydra
+import lightning as L
+from _checks import check_checkpoint, check_same_model, check_settings, check_single_run, fill_in, one_line_of
+from _data import PackedSplits, prepare, say
+from _sharding import ShardedCausalLMModule, whole_state
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import ModelParallelStrategy
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from packflex.report import (
+    RunSummary,
+    complete,
+    prompt_of,
+    save_loss_picture,
+    shortest,
+    typical_document,
+    typical_speed,
+)
+from packflex.testing.leaks import LeakError
+
+# packflex and torch raise ValueError and NotImplementedError for arguments that cannot be used.
+USER_ERRORS = (ValueError, NotImplementedError, LeakError, HydraException, OmegaConfBaseException)
+# What Lightning warns of that is meant here: no workers for rows in memory, metrics.csv beside Hydra's own files, a
+# resumed run that writes to a folder of its own, no held-out documents.
+EXPECTED = (
+    "does not have many workers",
+    "Experiment logs directory",
+    "isinstance.treespec, LeafSpec",
+    "Checkpoint dir",
+    "The dirpath has changed",
+    "You defined a `validation_step` but have no",
+)
+
+
+def finetune(config: DictConfig) -> RunSummary:
+    """Run a config: pack, measure, train, measure again, save."""
+    check_settings(config)
+    first_step = check_checkpoint(config.ckpt_path, config.trainer.max_steps)
+    L.seed_everything(config.seed, verbose=False)
+    callbacks = [instantiate(c) for c in config.callbacks.values() if c]
+    loggers = [instantiate(c) for c in config.logger.values() if c]
+    trainer: L.Trainer = instantiate(
+        config.trainer,
+        callbacks=callbacks,
+        logger=loggers,
+        enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),  # else Lightning adds one of its own
+    )
+    check_single_run(trainer)
+
+    data = prepare(config)
+    model = instantiate(config.model, tokenizer=data.tokenizer)
+    say("%s with %.1f million parameters", type(model).__name__, model.num_parameters() / 1e6)
+    fill_in(config, trainer, len(data.train))
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    make_module = ShardedCausalLMModule if sharded else hydra.utils.get_class(config.module._target_)
+    module = make_module(model, instantiate(config.optimizer), instantiate(config.scheduler))
+    check_same_model(config.ckpt_path, module)
+    pad = data.tokenizer.pad_token_id
+    rows = instantiate(config.datamodule)(data.train, data.heldout, pad_token_id=0 if pad is None else pad)
+
+    resume: dict[str, Any] = {"ckpt_path": config.ckpt_path, "weights_only": True if config.ckpt_path else None}
+    before = _heldout_loss(trainer, module, rows, **resume)
+    trainer.fit(module, rows, **resume)
+    steps = trainer.global_step
+    out = Path(config.paths.output_dir)
+    trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
+    after = _heldout_loss(trainer, module, rows)
+    return _finish(config, trainer, model, data, [(first_step, before), (steps, after)])
+
+
+def _heldout_loss(
+    trainer: L.Trainer, module: L.LightningModule, rows: L.LightningDataModule, **resume: Any
+) -> float | None:
+    """Loss on the held-out documents, None without any."""
+    if rows.heldout is None:
+        return None
+    return trainer.validate(module, rows, verbose=False, **resume)[0]["val/loss"]
+
+
+def _finish(
+    config: DictConfig,
+    trainer: L.Trainer,
+    model: PreTrainedModel,
+    data: PackedSplits,
+    losses: list[tuple[int, float | None]],
+) -> RunSummary:
+    """Save the model and the pictures, and sum the run up. Every rank takes part: weights may be shared out."""
+    out = Path(config.paths.output_dir)
+    model.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU, and shards are gathered on their devices
+    held = data.heldout_documents
+    probe = typical_document(held if held is not None else data.train_documents)
+    prompt, completion = complete(
+        model, data.tokenizer, prompt_of(probe["input_ids"], probe["labels"]), **config.sample
+    )
+    state = whole_state(model)
+    files = {"checkpoint": out / "checkpoints" / "last.ckpt", "model": out / "model", "config": out / "config.yaml"}
+    if trainer.is_global_zero:
+        model.save_pretrained(files["model"], state_dict=state)
+        data.tokenizer.save_pretrained(files["model"])
+        OmegaConf.save(config, files["config"], resolve=True)
+        metrics, picture = out / "metrics.csv", out / "loss.png"
+        measured = [(step, loss) for step, loss in losses if loss is not None]
+        if save_loss_picture(metrics, picture, measured):
+            files |= {"metrics": metrics, "loss curve": picture}
+    summary = RunSummary(
+        parameters=sum(p.numel() for p in model.parameters()),
+        documents=data.plan.num_documents,
+        rows=len(data.train),
+        seq_len=config.packing.seq_len,
+        efficiency=data.plan.efficiency,
+        steps=losses[-1][0],
+        tokens_per_second=typical_speed(out / "metrics.csv"),
+        loss_start=losses[0][1],
+        loss_end=losses[-1][1],
+        heldout_documents=0 if held is None else len(held),
+        prompt=prompt,
+        completion=completion,
+        notes=data.notes,
+        files={name: shortest(path) for name, path in files.items()},
+    )
+    if trainer.is_global_zero:
+        summary.save(out / "summary.json")
+        print(f"\n{summary}")
+    return summary
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="finetune")
+def run(config: DictConfig) -> None:
+    """The run itself, with its config composed by Hydra from the command line."""
+    for message in EXPECTED:
+        warnings.filterwarnings("ignore", f".*{message}")
+    for name in ("huggingface_hub", "transformers", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    disable_progress_bar()  # of transformers, for reading and writing weights
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        finetune(config)
+    except USER_ERRORS as error:  # here and not in main: Hydra would announce it with a line of its own
+        _stop(error)
+
+
+def main() -> None:
+    """Run the command line: exit code 0 when done, 2 for a mistake in the command or the data."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them its own way
+    try:
+        run()
+    except USER_ERRORS as error:  # a config that could not be composed
+        _stop(error)
+
+
+def _stop(error: Exception) -> NoReturn:
+    if "debug=true" in sys.argv:
+        raise error
+    print(f"finetune: error: {one_line_of(error)}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

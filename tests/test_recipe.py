@@ -1,0 +1,259 @@
+"""The recipe: it trains, resumes exactly, and says in one line what a user got wrong."""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import disable_progress_bars
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from packflex.data.errors import DataError
+from packflex.data.tokenizer import train_tokenizer
+from packflex.models import SetupError, build_model
+from packflex.report import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import finetune as recipe  # noqa: E402
+from _checks import one_line_of  # noqa: E402
+from _data import load_splits  # noqa: E402
+
+disable_progress_bars()
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{message}") for message in recipe.EXPECTED]
+
+SUMS = [(a, b) for a in range(9) for b in range(7)]
+SMALL = [
+    "data=jsonl",
+    "callbacks=quiet",
+    "packing.seq_len=64",
+    "packing.batch_size=2",
+    "heldout.limit=4",
+    "trainer.max_steps=6",
+    "sample.max_new_tokens=4",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with train.jsonl, chat.jsonl and a tiny pretrained model."""
+    place = tmp_path_factory.mktemp("recipe")
+    sums = [{"prompt": f"What is {a} plus {b}?\n", "completion": f"It is {a + b}."} for a, b in SUMS]
+    write(place / "train.jsonl", sums)
+    turns = [("user", "prompt"), ("assistant", "completion")]
+    write(place / "chat.jsonl", [{"messages": [{"role": r, "content": s[f]} for r, f in turns]} for s in sums])
+    texts = [record["prompt"] + record["completion"] for record in sums]
+    tokenizer = train_tokenizer(texts, 300, place / "cache")
+    tokenizer.save_pretrained(place / "model")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = build_model(architecture={"model_type": "llama", "vocab_size": None} | sizes, tokenizer=tokenizer)
+    model.save_pretrained(place / "model")
+    return place
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def composed(out, *overrides):
+    paths = [f"paths.output_dir={out}", f"paths.cache_dir={out}/tokenizers"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("finetune", overrides=[*overrides, *paths])
+
+
+def small(place, *overrides):
+    return [*SMALL, f"data.path={place}/train.jsonl", f"model.path={place}/model", *overrides]
+
+
+def test_a_run_end_to_end(place, tmp_path, capsys):
+    config = composed(tmp_path, *small(place, "optimizer.lr=1e-2", "trainer.max_steps=20"))
+    summary = recipe.finetune(config)
+    assert summary.steps == 20
+    assert summary.loss_end < summary.loss_start - 1
+    assert (summary.documents, summary.heldout_documents) == (60, 3)
+    assert 0.8 < summary.efficiency <= 1
+    assert str(summary) in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["loss_end"] == summary.loss_end
+    for file in ("checkpoints/last.ckpt", "metrics.csv", "loss.png", "model/config.json", "model/tokenizer.json"):
+        assert (tmp_path / file).is_file(), file
+    resolved = OmegaConf.load(tmp_path / "config.yaml")
+    assert (resolved.steps.total, resolved.steps.warmup, resolved.optimizer.lr) == (20, 2, 1e-2)
+    assert read_metrics(tmp_path / "metrics.csv", "train/loss")[0] == list(range(20))
+
+    trained = build_model(tmp_path / "model").state_dict()
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, weight in trained.items():
+        assert torch.equal(weight, saved[f"model.{name}"]), name
+
+
+def test_a_resumed_run_goes_on_exactly(place, tmp_path):
+    every = "callbacks.checkpoint.every_n_train_steps=4"
+    recipe.finetune(composed(tmp_path / "whole", *small(place, every)))
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-4.ckpt"
+    recipe.finetune(composed(tmp_path / "rest", *small(place, every, f"ckpt_path={checkpoint}")))
+    whole, rest = (read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "rest"))
+    assert rest == ([4, 5], whole[1][4:])
+    whole, rest = (torch.load(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "rest"))
+    for name, weight in whole["state_dict"].items():
+        assert torch.equal(weight, rest["state_dict"][name]), name
+
+
+def test_conversations_with_a_tokenizer_trained_on_them(place, tmp_path):
+    settings = ["data=chat", f"data.path={place}/chat.jsonl", "tokenizer.vocab_size=280", "heldout.percent=0"]
+    sizes = ["model.architecture.hidden_size=32", "model.architecture.num_hidden_layers=1"]
+    summary = recipe.finetune(composed(tmp_path, *SMALL, "trainer.max_steps=1", *settings, *sizes))
+    assert summary.loss_start is None
+    assert summary.documents == len(SUMS)
+    assert summary.prompt.startswith("user:\nWhat is")
+
+
+def test_gsm8k_with_random_weights_and_no_download(tmp_path):
+    write(tmp_path / "gsm.jsonl", [{"question": f"{a} + {b}?", "answer": f"#### {a + b}"} for a, b in SUMS])
+    settings = ["experiment=gsm8k_smollm2", "model.init=random", "trainer=cpu", f"data.path={tmp_path}/gsm.jsonl"]
+    sizes = [f"model.architecture.{size}" for size in ("num_hidden_layers=1", "hidden_size=36", "intermediate_size=48")]
+    few = ["trainer.max_steps=1", "packing.seq_len=64", "callbacks=quiet", "tokenizer.vocab_size=300"]
+    summary = recipe.finetune(composed(tmp_path, *settings, *sizes, *few))
+    assert summary.steps == 1
+    assert summary.prompt.startswith("Question: ")
+
+
+def test_steps_and_rate_follow_from_the_rest(place, tmp_path):
+    settings = ["trainer.max_steps=-1", "trainer.max_epochs=2", "trainer.accumulate_grad_batches=3"]
+    summary = recipe.finetune(composed(tmp_path, *small(place, *settings)))
+    batches = -(-summary.rows // 2)
+    resolved = OmegaConf.load(tmp_path / "config.yaml")
+    assert resolved.steps.total == summary.steps == 2 * -(-batches // 3)
+    assert resolved.optimizer.lr == resolved.learning_rate.pretrained
+
+
+def test_heldout_documents_are_spread_over_their_file(place, tmp_path):
+    settings = [f"heldout.path={place}/train.jsonl", "heldout.limit=3"]
+    _, heldout = load_splits(composed(tmp_path, *small(place, *settings)))
+    assert [source.rpartition(":")[2] for source in heldout["source"]] == ["1", "32", "63"]
+
+
+@pytest.mark.parametrize(
+    ("content", "percent", "message"),
+    [
+        ("", 5, r"x\.jsonl: the file is empty"),
+        ('{"prompt": "a", "completion": "b"}\nno\n', 5, r"x\.jsonl:2: not valid JSON .* fix or remove it"),
+        (
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n',
+            5,
+            r"x\.jsonl:2: .*missing.*\(data\.completion_field=",
+        ),
+        ('{"text": "b c"}\n{"text": ""}\n', 0, r"x\.jsonl:2: no supervised token.*\(tokenize\.on_unsupervised=drop\)"),
+        ('{"text": "b"}\n', 5, r"1 document cannot be shared .*heldout\.percent=0"),
+        (None, 5, r"x\.jsonl: no such file"),
+    ],
+)
+def test_wrong_data(content, percent, message, place, tmp_path):
+    if content is not None:
+        (tmp_path / "x.jsonl").write_text(content)
+    settings = [f"data.path={tmp_path}/x.jsonl", f"heldout.percent={percent}"]
+    with pytest.raises(DataError) as error:
+        recipe.finetune(composed(tmp_path, *small(place, *settings)))
+    text = one_line_of(error.value)
+    assert re.search(message, text), text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data=chat"], "data.path is not set; give it on the command line: data.path=..."),
+        (["packing.seq_len=long"], "packing.seq_len=long must be a whole number of at least 2"),
+        (["packing.batch_size=0"], "packing.batch_size=0 must be a whole number of at least 1"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1 must be a number above 0"),
+        (["model.path=./nowhere"], "./nowhere: no such folder; model.path needs"),
+        (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such checkpoint; ckpt_path is a file that a run wrote"),
+        (["ckpt_path=README.md"], "README.md: no checkpoint of this recipe"),
+        (["attention=triton"], "attention.backend=triton trains on a GPU only"),
+        (["attention.backend=fast"], "attention.backend=fast must be one of triton, torch, reference"),
+        (["trainer.max_steps=-1", "data.limit=9"], "the run has no end: set trainer.max_steps or trainer.max_epochs"),
+    ],
+)
+def test_wrong_settings(settings, message, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    base = SMALL if settings == ["data=chat"] else small(place)
+    with pytest.raises(SetupError) as error:
+        recipe.finetune(composed(tmp_path, *base, *settings))
+    assert one_line_of(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data=nothing", "Could not find 'data/nothing'; available options in 'data': chat gsm8k hub jsonl stdlib"),
+        ("nothing=1", "there is no setting nothing; --cfg job shows all of them (+nothing=1 adds one)"),
+        ("trainer.max_step=1", "there is no setting trainer.max_step; "),
+        ("data.path=[a", "data.path=[a cannot be read ("),
+    ],
+)
+def test_wrong_names(setting, message, tmp_path):
+    with pytest.raises(HydraException) as error:
+        composed(tmp_path, setting)
+    assert one_line_of(error.value).startswith(message)
+
+
+def test_a_gpu_that_is_not_there(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SetupError, match="sees no CUDA GPU; use trainer=cpu"):
+        recipe.finetune(composed(tmp_path, *small(place, "trainer=gpu")))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SetupError, match=r"trainer\.devices=3, and there are 2 GPUs"):
+        recipe.finetune(composed(tmp_path, *small(place, "trainer=gpu", "trainer.devices=3")))
+
+
+def test_checkpoints_that_do_not_fit(place, tmp_path):
+    recipe.finetune(composed(tmp_path, *small(place, "trainer.max_steps=1")))
+    checkpoint = f"ckpt_path={tmp_path}/checkpoints/last.ckpt"
+    with pytest.raises(SetupError, match=r"has done its 1 steps, and trainer\.max_steps=1; raise"):
+        recipe.finetune(composed(tmp_path, *small(place, checkpoint, "trainer.max_steps=1")))
+    with pytest.raises(SetupError, match=r"a checkpoint of another model: model\.lm_head\.weight has shape"):
+        recipe.finetune(composed(tmp_path, *small(place, checkpoint, "model.path=null")))
+    with pytest.raises(ValueError, match="the checkpoint's loader had seed=0, this one has 1"):
+        recipe.finetune(composed(tmp_path, *small(place, checkpoint, "datamodule.seed=1")))
+
+
+def test_a_sweep_over_several_devices_is_refused(place, tmp_path):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        overrides = ["hydra.mode=MULTIRUN", "hydra.job.num=0", f"hydra.runtime.output_dir={tmp_path}"]
+        both = compose("finetune", overrides=overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(both)
+    try:
+        with pytest.raises(SetupError, match=r"--multirun with 2 devices: .*every rank would run a sweep of its own"):
+            recipe.finetune(composed(tmp_path, *small(place, "trainer.devices=2", "trainer.strategy=ddp")))
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+def run(*arguments):
+    command = [sys.executable, str(ROOT / "recipes" / "finetune.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_the_command_line_sweeps(place, tmp_path):
+    done = run("-m", *small(place, "trainer.max_steps=1", "seed=0,1", f"hydra.sweep.dir={tmp_path}"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "Packed 60 documents into" in done.stdout
+    for job in ("0", "1"):
+        assert (tmp_path / job / "loss.png").is_file()
+        assert OmegaConf.load(tmp_path / job / "config.yaml").seed == int(job)
+
+
+def test_the_command_line_fails_in_one_line(tmp_path):
+    done = run("data=jsonl", f"data.path={tmp_path}/x.jsonl", f"hydra.run.dir={tmp_path}/out")
+    assert done.returncode == 2
+    assert done.stderr == f"finetune: error: {tmp_path}/x.jsonl: no such file or folder; check the path\n"

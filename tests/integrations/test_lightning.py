@@ -108,6 +108,19 @@ def test_micro_batches_give_the_gradient_of_the_one_big_batch(tmp_path, batch_si
         assert torch.allclose(ours, exact, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_clipped_with_any_optimizer(tmp_path, precision, fused):
+    """Fused ones too, which Lightning by itself refuses to clip in mixed precision."""
+    recorder = Recorder()
+    adamw = functools.partial(torch.optim.AdamW, lr=1e-3, fused=fused)
+    module = CausalLMModule(tiny_model(), adamw)
+    runner = trainer(tmp_path, [recorder, PackFlexCallback()], precision=precision, gradient_clip_val=0.01)
+    runner.fit(module, PackedDataModule(packed_rows(), seq_len=SEQ_LEN, batch_size=2))
+    norm = torch.cat([g.flatten() for g in recorder.gradients]).norm()
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
 def test_callback_logs_what_the_batch_holds(tmp_path):
     recorder = Recorder()
     rows = packed_rows()

@@ -84,6 +84,23 @@ class CausalLMModule(L.LightningModule):
             self.log("train/loss", total / count, prog_bar=True)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, fused optimizers in bf16 too: Lightning refuses those for fear of scaled gradients.
+
+        Only fp16 scales gradients, and only there a fused optimizer undoes it after clipping would have to happen.
+        """
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and not scaled:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the batch to the sums."""
         total, count = self._loss(batch)

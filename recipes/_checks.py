@@ -16,6 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from packflex.attention.api import BACKENDS
+from packflex.integrations.lightning.module import LOSSES
+from packflex.losses import WEIGHTINGS
 from packflex.models import SetupError, checked_name, is_pretrained
 
 # Least value of settings that are whole numbers, and whether null is one of their values.
@@ -63,6 +65,9 @@ def check_settings(config: DictConfig) -> None:
     if config.model.path is not None:
         checked_name(config.model.path)
     _check_devices(config.trainer)
+    for name, known in (("loss_weighting", WEIGHTINGS), ("loss", LOSSES)):
+        if config.module[name] not in known:
+            raise SetupError(f"module.{name}={config.module[name]} must be one of {', '.join(known)}")
     backend = config.attention.backend
     if backend is not None and backend not in BACKENDS:
         raise SetupError(f"attention.backend={backend} must be one of {', '.join(BACKENDS)}, or null for the best one")

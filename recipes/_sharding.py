@@ -30,9 +30,21 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 
 class ShardedCausalLMModule(CausalLMModule):
-    """`CausalLMModule` for `ModelParallelStrategy`: each decoder layer is one unit that is gathered when it runs."""
+    """`CausalLMModule` for `ModelParallelStrategy`: each decoder layer is one unit that is gathered when it runs.
+
+    Raises:
+        ValueError: a loss other than "logits".
+    """
 
     model: Any
+
+    def __init__(self, *arguments: Any, loss: str = "logits", **options: Any) -> None:
+        if loss != "logits":
+            raise ValueError(
+                f"module.loss={loss} reads the output embedding beside the model, whose weights trainer=fsdp shards: "
+                "use module.loss=logits, or trainer=ddp"
+            )
+        super().__init__(*arguments, loss=loss, **options)
 
     def configure_model(self) -> None:
         """Shard the model over the data-parallel ranks, once."""

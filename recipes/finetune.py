@@ -82,7 +82,8 @@ def finetune(config: DictConfig) -> RunSummary:
     fill_in(config, trainer, len(data.train))
     sharded = isinstance(trainer.strategy, ModelParallelStrategy)
     make_module = ShardedCausalLMModule if sharded else hydra.utils.get_class(config.module._target_)
-    module = make_module(model, instantiate(config.optimizer), instantiate(config.scheduler))
+    options = {str(key): value for key, value in config.module.items() if key != "_target_"}
+    module = make_module(model, instantiate(config.optimizer), instantiate(config.scheduler), **options)
     check_same_model(config.ckpt_path, module)
     pad = data.tokenizer.pad_token_id
     rows = instantiate(config.datamodule)(data.train, data.heldout, pad_token_id=0 if pad is None else pad)

@@ -27,7 +27,8 @@ DATA = ["datasets", "tokenizers", "pyarrow", "matplotlib"]
 FLOORS = [
     (["packflex.packing"], ["triton", *DATA, *INTEGRATIONS, *APPLICATIONS, "packflex.data", "packflex.integrations"]),
     (
-        ["packflex", "packflex.layout", "packflex.masks", "packflex.attention", "packflex.testing.cases"],
+        ["packflex", "packflex.layout", "packflex.losses", "packflex.masks", "packflex.attention",
+         "packflex.testing.cases"],
         ["triton", *DATA, *INTEGRATIONS, *APPLICATIONS, "packflex.packing", "packflex.data", "packflex.integrations"],
     ),
     (["packflex.attention.triton.launch"], [*DATA, *INTEGRATIONS, *APPLICATIONS, "packflex.data"]),

@@ -11,9 +11,13 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from packflex import document_mask, flex_attention, pack_dataset
+from packflex.data.collate import PackedCollator
 from packflex.integrations.lightning import CausalLMModule, PackedDataModule, PackFlexCallback
-from packflex.integrations.lightning.module import next_token_loss
+from packflex.integrations.transformers import enable_packflex
+from packflex.losses import next_token_loss
 from packflex.testing.leaks import LeakError
+from tests.integrations.models import FAMILIES
+from tests.integrations.models import tiny_model as family_model
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -76,8 +80,11 @@ class Recorder(L.Callback):
         self.gradients = [p.grad.clone() for p in pl_module.parameters()]
 
 
-def exact_gradients(model, rows):
-    """Gradients of the mean over all supervised tokens of `rows`, each document alone, unpacked and unpadded."""
+def exact_gradients(model, rows, power=0.0):
+    """Gradients of the mean over supervised tokens of `rows`, each document alone, unpacked and unpadded.
+
+    A document's tokens weigh 1 / n**power, n being how many of them are supervised.
+    """
     reference = tiny_model()
     reference.load_state_dict(model.state_dict())
     reference.set_attn_implementation("eager")
@@ -88,24 +95,99 @@ def exact_gradients(model, rows):
             ids, labels = (torch.tensor(row[name][start : start + length])[None] for name in ("input_ids", "labels"))
             if length > 1:
                 loss, supervised = next_token_loss(reference(ids, use_cache=False).logits, labels)
-                total, count = total + loss, count + int(supervised)
+                weight = max(int(supervised), 1) ** -power
+                total, count = total + loss * weight, count + int(supervised) * weight
             start += length
     (total / count).backward()
     return float(total.detach()) / count, [p.grad for p in reference.parameters()]
 
 
-@pytest.mark.parametrize(("batch_size", "accumulate"), [(1, 4), (2, 2), (4, 1)])
-def test_micro_batches_give_the_gradient_of_the_one_big_batch(tmp_path, batch_size, accumulate):
+POWERS = {"token": 0.0, "sqrt": 0.5, "document": 1.0}
+
+
+@pytest.mark.parametrize("loss", ["logits", "chunked"])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "weighting"),
+    [(1, 4, "token"), (2, 2, "token"), (4, 1, "token"), (2, 2, "sqrt"), (1, 4, "document"), (4, 1, "document")],
+)
+def test_micro_batches_give_the_gradient_of_the_one_big_batch(tmp_path, batch_size, accumulate, weighting, loss):
     rows = packed_rows()
     model = tiny_model()
-    expected_loss, expected = exact_gradients(model, rows.select(range(4)))
+    expected_loss, expected = exact_gradients(model, rows.select(range(4)), POWERS[weighting])
     recorder = Recorder()
     data = PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=batch_size, order="sequential")
     fit = trainer(tmp_path, [PackFlexCallback(), recorder], max_steps=1, accumulate_grad_batches=accumulate)
-    fit.fit(CausalLMModule(model, SGD), data)
+    fit.fit(CausalLMModule(model, SGD, loss_weighting=weighting, loss=loss), data)
     assert recorder.losses[-1] == pytest.approx(expected_loss, rel=1e-5)
     for ours, exact in zip(recorder.gradients, expected, strict=True):
         assert torch.allclose(ours, exact, rtol=1e-4, atol=1e-6)
+
+
+class SaveGradients(L.Callback):
+    """The first rank's gradients and loss at the end, in a file: the ranks are processes of their own."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            loss = float(trainer.callback_metrics["train/loss"])
+            torch.save({"loss": loss, "gradients": [p.grad for p in pl_module.parameters()]}, self.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weighting", POWERS)
+def test_two_ranks_give_the_gradient_of_the_one_big_batch(tmp_path, weighting):
+    """Two ranks, two accumulated batches each: the eight rows of the step hold other numbers of supervised tokens."""
+    rows = packed_rows()
+    expected_loss, expected = exact_gradients(tiny_model(), rows.select(range(8)), POWERS[weighting])
+    path = tmp_path / "gradients.pt"
+    data = PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=2, order="sequential")
+    fit = trainer(
+        tmp_path,
+        [PackFlexCallback(leak_check=False), SaveGradients(path)],
+        devices=2,
+        strategy="ddp_fork",
+        max_steps=1,
+        accumulate_grad_batches=2,
+    )
+    fit.fit(CausalLMModule(tiny_model(), SGD, loss_weighting=weighting), data)
+    saved = torch.load(path)
+    assert saved["loss"] == pytest.approx(expected_loss, rel=1e-5)
+    for ours, exact in zip(saved["gradients"], expected, strict=True):
+        assert torch.allclose(ours, exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunked_loss_equals_that_of_the_logits(family):
+    """Every family's own head: output embedding, soft cap, nothing left out."""
+    extra = {"final_logit_softcapping": 3.0} if family.startswith("gemma") else {}
+    model = family_model(family, **extra)
+    batch = PackedCollator(SEQ_LEN)([packed_rows()[0], packed_rows()[1]])
+    modules = [CausalLMModule(model, SGD, loss=loss) for loss in ("logits", "chunked")]
+    enable_packflex(model)
+    results = [module._loss(batch, "token") for module in modules]
+    grads = [torch.autograd.grad(total, list(model.parameters()), allow_unused=True) for total, _ in results]
+    assert results[1][0].item() == pytest.approx(results[0][0].item(), rel=1e-5)
+    assert results[1][1] == results[0][1] > 0
+    for ours, exact in zip(*grads, strict=True):
+        assert (ours is None) == (exact is None)
+        assert ours is None or torch.allclose(ours, exact, rtol=1e-3, atol=1e-4)
+
+
+def test_losses_that_cannot_be_had():
+    with pytest.raises(ValueError, match="loss must be one of logits, chunked, liger; got 'fused'"):
+        CausalLMModule(tiny_model(), SGD, loss="fused")
+    with pytest.raises(ValueError, match="loss_weighting must be one of token, document, sqrt; got 'row'"):
+        CausalLMModule(tiny_model(), SGD, loss_weighting="row")
+    with pytest.raises(ValueError, match=r'loss="liger" weighs tokens alike.*use loss="chunked"'):
+        CausalLMModule(tiny_model(), SGD, loss="liger", loss_weighting="sqrt")
+    model = tiny_model()
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(
+        ValueError, match=r'cannot be had with this model: .* a Sequential, not a plain Linear.*"logits"'
+    ):
+        CausalLMModule(model, SGD, loss="chunked")
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])

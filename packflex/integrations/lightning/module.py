@@ -11,21 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from packflex.integrations._output_head import OutputHead, output_head
+from packflex.losses import WEIGHTINGS, linear_next_token_loss, next_token_loss, token_weights
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of the supervised tokens, and how many there are.
-
-    Args:
-        logits: [B, S, V] any float dtype; the loss is computed in float32.
-        labels: [B, S] int64, -100 where nothing is to be predicted. Position i is predicted from position i - 1; since
-            a document's first label is -100, no document is asked to predict the next one.
-
-    Returns:
-        float32 sum and int64 count, both scalars.
-    """
-    targets = labels[:, 1:].flatten()
-    total = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
-    return total, (targets != -100).sum()
+LOSSES = ("logits", "chunked", "liger")
 
 
 class CausalLMModule(L.LightningModule):
@@ -39,9 +28,18 @@ class CausalLMModule(L.LightningModule):
         model: a transformers causal language model; `PackFlexCallback` switches its attention.
         optimizer: parameters to optimizer, such as `functools.partial(torch.optim.AdamW, lr=1e-3)`.
         scheduler: optimizer to learning-rate scheduler, stepped after every optimizer step; None for a constant rate.
+        loss_weighting: of documents with n supervised tokens: "token" weighs them by n, "document" alike, "sqrt" by
+            sqrt(n); see `packflex.losses.token_weights`. The sum of weights then takes the place of the count.
+        loss: "logits" computes the model's logits as a whole; "chunked" goes from hidden states to loss and gradients
+            in chunks of tokens and holds no logits (`packflex.losses.linear_next_token_loss`); "liger" does so in
+            liger-kernel's fused kernel (`pip install packflex[liger]`, a GPU, token weighting).
 
-    Logs `train/loss` and `train/lr` at each optimizer step and `val/loss` (mean over all supervised tokens) after
-    validation.
+    Logs `train/loss` and `train/lr` at each optimizer step and `val/loss` (mean over all supervised tokens, whatever
+    the weighting) after validation.
+
+    Raises:
+        ValueError: an unknown weighting or loss, or a model whose output head the loss cannot replace.
+        ImportError: `loss="liger"` without liger-kernel.
     """
 
     def __init__(
@@ -49,9 +47,19 @@ class CausalLMModule(L.LightningModule):
         model: nn.Module,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        loss_weighting: str = "token",
+        loss: str = "logits",
     ) -> None:
         super().__init__()
+        if loss_weighting not in WEIGHTINGS:
+            raise ValueError(f"loss_weighting must be one of {', '.join(WEIGHTINGS)}; got {loss_weighting!r}")
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
         self.model = model
+        self.loss_weighting = loss_weighting
+        self._linear_loss = _linear_loss(loss, loss_weighting)
+        if self._linear_loss is not None and isinstance(reason := output_head(model), str):
+            raise ValueError(f'loss="{loss}" cannot be had with this model: {reason}; use loss="logits"')
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
         self._unit = 0  # tokens of a batch, padding included: keeps the summed loss near 1, the same on every rank
@@ -64,13 +72,13 @@ class CausalLMModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The batch's summed loss in units of its size."""
-        total, count = self._loss(batch)
+        total, count = self._loss(batch, self.loss_weighting)
         self._unit = self._unit or batch["labels"].numel()
         self._totals.append((total.detach(), count))
         return total / self._unit
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the number of supervised tokens behind them, and log the step's loss."""
+        """Divide the gradients by the supervised tokens (or weights) behind them, and log the step's loss."""
         total, count = self._reduced(self._totals)
         self._totals.clear()
         # Lightning divided each batch's loss by accumulate_grad_batches, and the ranks' gradients were averaged
@@ -103,7 +111,7 @@ class CausalLMModule(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the batch to the sums."""
-        total, count = self._loss(batch)
+        total, count = self._loss(batch, "token")
         self._val_totals.append((total.detach(), count))
 
     def on_validation_epoch_end(self) -> None:
@@ -122,9 +130,19 @@ class CausalLMModule(L.LightningModule):
         scheduler = self._make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: dict[str, Any], weighting: str) -> tuple[Tensor, Tensor]:
+        """Summed loss of a batch and the sum of its weights."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return next_token_loss(self(**inputs).logits, batch["labels"])
+        labels = batch["labels"]
+        weights = token_weights(labels, batch.get("packed"), weighting)
+        if self._linear_loss is None:
+            return next_token_loss(self(**inputs).logits, labels, weights)
+        head = output_head(self.model)
+        assert isinstance(head, OutputHead)  # as in __init__
+        hidden = head.decoder(**inputs).last_hidden_state
+        return self._linear_loss(
+            hidden, head.embedding.weight, labels, weights, bias=head.embedding.bias, softcap=head.softcap
+        )
 
     def _reduced(self, totals: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """Sum and count over the batches and over all ranks."""
@@ -134,3 +152,29 @@ class CausalLMModule(L.LightningModule):
         reduced = self.trainer.strategy.reduce(both, reduce_op="sum")
         total, count = reduced.tolist()
         return total, count
+
+
+def _linear_loss(loss: str, weighting: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The function that goes from hidden states to the loss, None for the way by logits."""
+    if loss == "logits":
+        return None
+    if loss == "chunked":
+        return linear_next_token_loss
+    if weighting != "token":
+        raise ValueError(f'loss="liger" weighs tokens alike; for loss_weighting="{weighting}" use loss="chunked"')
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError as error:
+        raise ImportError('loss="liger" needs `pip install packflex[liger]`; loss="chunked" needs nothing') from error
+
+    def liger(
+        hidden: Tensor, weight: Tensor, labels: Tensor, weights: None, *, bias: Tensor | None, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        targets = labels[:, 1:].flatten()
+        flat = hidden[:, :-1].flatten(0, 1)
+        total = liger_fused_linear_cross_entropy(
+            flat, weight.to(flat.dtype), targets, bias=bias, reduction="sum", softcap=softcap, accum_dtype=torch.float32
+        )
+        return total, (targets != -100).sum()
+
+    return liger

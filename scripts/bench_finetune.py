@@ -38,7 +38,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from packflex import PackedLayout, document_mask
 from packflex.integrations.transformers import enable_packflex
 
-# The architecture of SmolLM2-135M; only its shapes matter here.
+# The architectures of SmolLM2-135M and Llama-3.2-1B; only their shapes matter here.
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2_135m": {
         "hidden_size": 576,
@@ -48,6 +48,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
         "vocab_size": 49152,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    },
+    "llama32_1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
     "tiny": {
         "hidden_size": 64,
@@ -73,6 +82,9 @@ MODES = {
     "sdpa_packed": Mode("rows", "sdpa", what="packed, SDPA with a 4-D mask"),
     "sdpa_padded": Mode("padded", "sdpa", what="padded, SDPA, small micro-batches"),
     "sdpa_padded_full": Mode("padded", "sdpa", fill=True, what="padded, SDPA, full micro-batches"),
+    "sdpa_padded_grouped": Mode(
+        "padded", "sdpa", fill=True, grouped=True, what="padded, SDPA, full micro-batches of like lengths"
+    ),
 }
 
 
@@ -167,6 +179,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     check_available(mode, device)
     cuda = device.type == "cuda"
     steps = make_steps(arguments, MODELS[arguments.model]["vocab_size"])
+    if cuda and mode.batch == "padded":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, for a second or so
     model = build_model(mode, arguments, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
     options = {} if mode.attention == "packflex" else {"use_cache": False}  # HF detects packing without a cache only

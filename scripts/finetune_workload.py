@@ -25,6 +25,7 @@ class Mode:
     attention: str
     compiled: bool = False
     fill: bool = False  # padded micro-batches as large as a packed step, not of --padded-batch documents
+    grouped: bool = False  # padded micro-batches of documents of like length
     what: str = ""
 
 
@@ -96,7 +97,7 @@ def packed_rows(rows: list[list[np.ndarray]], seq_len: int) -> dict[str, Any]:
 
 
 def padded(documents: list[np.ndarray]) -> dict[str, Any]:
-    longest = max(map(len, documents))
+    longest = -(-max(map(len, documents)) // 8) * 8  # as data collators do for tensor cores
     ids = torch.zeros(len(documents), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, document in enumerate(documents):
@@ -110,6 +111,8 @@ def micro_batches(mode: Mode, rows: list[list[np.ndarray]], arguments: argparse.
     documents = [document for row in rows for document in row]
     if mode.batch == "padded":
         groups: list[list[np.ndarray]] = [[]]
+        if mode.grouped:
+            documents = sorted(documents, key=len)
         for document in documents:
             group = groups[-1]
             longest = max(map(len, [*group, document]))

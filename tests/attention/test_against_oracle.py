@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from packflex import document_mask, flex_attention
-from packflex.testing.cases import check_against_oracle, random_inputs, small_cases
+from packflex.testing.cases import AttentionCase, check_against_oracle, random_inputs, small_cases
 from packflex.testing.oracle import attention_oracle, dense_document_mask
 from packflex.testing.tolerances import assert_close_to_oracle, assert_lse_close, relative_error
 
@@ -22,6 +22,13 @@ def test_triton(name):
 @pytest.mark.parametrize("name", CASES)
 def test_reference(name):
     check_against_oracle(CASES[name], "reference")
+
+
+@pytest.mark.parametrize("variant", [{}, {"causal": False}, {"window": 150}, {"prefix_lengths": (100, 63, 5)}], ids=str)
+def test_large_tiles_whose_edges_are_walked_in_halves(variant):
+    options = {"dkdv_block_m": 64, "dkdv_block_n": 128}
+    case = AttentionCase("halves", ((300, 63, 17),), 391, kernel_options=options, **variant)
+    check_against_oracle(case, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -45,6 +45,13 @@ def test_default_tiles(variant, dim, dtype):
     check_against_oracle(case, "triton", "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_tiles_for_long_spans(dtype):
+    case = AttentionCase("long", ((2500, 63, 17),), 2600, heads=4, kv_heads=1, head_dim=128, dtype=dtype)
+    assert document_mask(case.layout).long_spans
+    check_against_oracle(case, "triton", "cuda")
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (9, 3), (8, 1), (16, 2)], ids=str)
 def test_head_groups(heads):
     case = AttentionCase("heads", MIXED, 720, *heads, head_dim=64, dtype=torch.bfloat16)

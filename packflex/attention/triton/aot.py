@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from packflex.attention.triton.backward import _flex_bwd_delta_kernel, _flex_bwd_dkdv_kernel, _flex_bwd_dq_kernel
 from packflex.attention.triton.forward import _flex_fwd_kernel
 from packflex.attention.triton.launch import _PRECISION, DELTA_ROWS, _dims
-from packflex.attention.triton.tiles import KernelTiles, Tile, default_tiles, heads_per_tile
+from packflex.attention.triton.tiles import KernelTiles, Tile, default_tiles, edge_rows, heads_per_tile
 
 _TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -91,6 +91,8 @@ def compile_kernels(
         }
         if name == "forward":
             constants["HAS_SINKS"] = sinks
+        if name == "dkdv":
+            constants["EDGE_M"] = edge_rows(tile)
         kernel = {"forward": _flex_fwd_kernel, "dkdv": _flex_bwd_dkdv_kernel, "dq": _flex_bwd_dq_kernel}[name]
         reports.append(_compile(kernel, capability, dtype, constants, tile.num_warps, tile.num_stages))
     return reports

@@ -98,9 +98,12 @@ def _flex_bwd_dkdv_kernel(
     stride_ib, stride_is, q_len, kv_len, num_heads, scale, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE_M: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_N keys of one KV head, over all query heads of its group."""
+    """dK and dV of BLOCK_N keys of one KV head, over all query heads of its group.
+
+    Masks take registers: what is partly visible is walked EDGE_M rows at a time, what is wholly visible BLOCK_M.
+    """
     i_tile = tl.program_id(0)  # first tiles first: under causal masks they are the longest
     i_kv = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
@@ -121,6 +124,7 @@ def _flex_bwd_dkdv_kernel(
     blocks = tl.cdiv(tl.maximum(end_query - first_query, 0), POSITIONS)
     full_begin = tl.minimum(tl.cdiv(full_begin_query - first_query, POSITIONS), blocks)
     full_end = tl.maximum((full_end_query - first_query) // POSITIONS, full_begin)
+    edge_blocks = tl.cdiv(tl.maximum(end_query - first_query, 0), EDGE_M // HEADS)
 
     b_lo = tl.load(p_lo + o_k * stride_is, mask=m_k, other=0)
     b_hi = tl.load(p_hi + o_k * stride_is, mask=m_k, other=0)
@@ -138,8 +142,9 @@ def _flex_bwd_dkdv_kernel(
     for i_group in range(GROUP // HEADS):
         b_dk, b_dv = _dkdv_blocks(
             b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, stride_qh, stride_qs, stride_gh, stride_gs,
-            b_lo, b_hi, i_group, first_query, end_query, full_begin, full_end, blocks, q_len, scale, softcap,
-            True, SOFTCAP, PRECISION, HEADS, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M,
+            b_lo, b_hi, i_group, first_query, end_query,
+            full_begin * (BLOCK_M // EDGE_M), full_end * (BLOCK_M // EDGE_M), edge_blocks, q_len, scale, softcap,
+            True, SOFTCAP, PRECISION, HEADS, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, EDGE_M,
         )  # fmt: skip
         b_dk, b_dv = _dkdv_blocks(
             b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, stride_qh, stride_qs, stride_gh, stride_gs,

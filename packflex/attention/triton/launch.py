@@ -9,7 +9,7 @@ from torch import Tensor
 from packflex.attention.memory import new_bshd
 from packflex.attention.triton.backward import _flex_bwd_delta_kernel, _flex_bwd_dkdv_kernel, _flex_bwd_dq_kernel
 from packflex.attention.triton.forward import _flex_fwd_kernel
-from packflex.attention.triton.tiles import heads_per_tile, resolve_tiles
+from packflex.attention.triton.tiles import edge_rows, heads_per_tile, resolve_tiles
 
 MAX_HEAD_DIM = 256
 DELTA_ROWS = 64
@@ -91,7 +91,7 @@ def launch_backward(
         *grad_k.stride()[:3], *grad_v.stride()[:3], *q_intervals.stride()[1:],
         q_len, kv_len, heads, scale, softcap,
         GROUP=group, HEADS=packed, **dims, BLOCK_M=tiles.dkdv.block_m, BLOCK_N=tiles.dkdv.block_n,
-        SOFTCAP=softcap > 0, PRECISION=_PRECISION,
+        EDGE_M=edge_rows(tiles.dkdv), SOFTCAP=softcap > 0, PRECISION=_PRECISION,
         num_warps=tiles.dkdv.num_warps, num_stages=tiles.dkdv.num_stages,
     )  # fmt: skip
 

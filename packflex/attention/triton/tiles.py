@@ -64,7 +64,7 @@ _HOPPER_TIGHT = _HOPPER | {
 }
 # Where a query sees thousands of keys, larger tiles do less work for each byte.
 _HOPPER_LONG = {
-    (2, 128): _tiles(128, 64, 8, 3,  32, 64, 4, 3,   128, 64, 8, 3),
+    (2, 128): _tiles(128, 64, 8, 3,  64, 128, 8, 2,  128, 64, 8, 3),
 }
 _AMPERE = _EXACT | {  # within 99 KiB of shared memory, which sm_86, sm_89 and sm_120 have
     (2, 64):  _tiles(128, 64, 8, 3,  64, 64, 4, 2,   128, 64, 8, 2),
@@ -137,3 +137,8 @@ def heads_per_tile(group: int, tile: Tile) -> int:
     while heads * 2 <= min(tile.max_heads, tile.block_m // 8) and group % (heads * 2) == 0:
         heads *= 2
     return heads
+
+
+def edge_rows(dkdv: Tile) -> int:
+    """Rows at a time of the partly visible blocks in dK/dV: half of a large tile, whose masks would spill registers."""
+    return dkdv.block_m // 2 if dkdv.block_m * dkdv.block_n > 4096 else dkdv.block_m

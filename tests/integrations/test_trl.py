@@ -51,8 +51,6 @@ def losses_of(trainer):
 
 
 SETTINGS = {"max_steps": 4, "logging_steps": 1, "report_to": [], "save_strategy": "no", "use_cpu": True, "seed": 3}
-    max_steps=4, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, learning_rate=1e-2, seed=3
-)
 
 
 def sft(tmp_path, packed, **settings):
@@ -100,7 +98,9 @@ def test_trainer_with_flattening_and_evaluation(tmp_path):
     results = []
     for packed in (True, False):
         model, _ = model_and_tokenizer()
-        args = TrainingArguments(str(tmp_path), **SETTINGS, learning_rate=1e-2, disable_tqdm=True, per_device_train_batch_size=3)
+        args = TrainingArguments(
+            str(tmp_path), **SETTINGS, learning_rate=1e-2, disable_tqdm=True, per_device_train_batch_size=3
+        )
         trainer = Trainer(
             model, args, data_collator=DataCollatorWithFlattening(), train_dataset=documents(), eval_dataset=documents()
         )

@@ -183,6 +183,12 @@ def one_line_of(error: BaseException) -> str:
     cause = error.__cause__
     if isinstance(error, InstantiationException) and isinstance(cause, ValueError):
         return one_line_of(cause)
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"{' '.join(str(error).split())} To need less memory, in this order: a lower packing.batch_size with more "
+            "trainer.accumulate_grad_batches, model.gradient_checkpointing=true, module.loss=chunked, a lower "
+            "packing.seq_len"
+        )
     text = " ".join(str(error).split())
     if isinstance(cause, Exception) and str(cause) not in str(error) and isinstance(error, HydraException):
         text += " " + " ".join(str(cause).split())

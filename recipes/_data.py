@@ -156,3 +156,25 @@ def _notes(tokens: TokenizedDocuments, plan: PackingPlan) -> tuple[str, ...]:
         f"documents longer than a row were dropped ({plan.dropped_tokens:,} tokens)": plan.num_dropped,
     }
     return tuple(f"{count:,} {what}" for what, count in notes.items() if count)
+
+
+class DocumentNames:
+    """Names documents of packed rows by their place in the data and their first words, for whoever must look at them.
+
+    Args:
+        data: what the rows were packed from.
+    """
+
+    def __init__(self, data: PackedSplits) -> None:
+        self._data = data
+
+    def __call__(self, row: list[int], document: int) -> str:
+        """Document `document` of the packed row with these `input_ids`."""
+        for index, candidate in enumerate(self._data.train.iter(1)):
+            if candidate["input_ids"][0] == row:
+                lengths = candidate["lengths"][0]
+                start = sum(lengths[:document])
+                text = self._data.tokenizer.decode(row[start : start + min(24, lengths[document])])
+                number = self._data.plan.document_indices[int(self._data.plan.row_offsets[index]) + document]
+                return f"training document {number} ({lengths[document]} tokens: {' '.join(str(text).split())!r} ...)"
+        return f"document {document} of a row that is none of the training rows"

@@ -24,8 +24,9 @@ from typing import Any, NoReturn
 import datasets
 import hydra
 import lightning as L
+import torch
 from _checks import check_checkpoint, check_same_model, check_settings, check_single_run, fill_in, one_line_of
-from _data import PackedSplits, prepare, say
+from _data import DocumentNames, PackedSplits, prepare, say
 from _sharding import ShardedCausalLMModule, whole_state
 from hydra.errors import HydraException
 from hydra.utils import instantiate
@@ -36,6 +37,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from packflex.integrations.lightning import NonFiniteLossError, NonFiniteLossGuard, SaveOnSignal
 from packflex.report import (
     RunSummary,
     complete,
@@ -48,7 +50,10 @@ from packflex.report import (
 from packflex.testing.leaks import LeakError
 
 # packflex and torch raise ValueError and NotImplementedError for arguments that cannot be used.
-USER_ERRORS = (ValueError, NotImplementedError, LeakError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (
+    ValueError, NotImplementedError, LeakError, NonFiniteLossError, torch.OutOfMemoryError, HydraException,
+    OmegaConfBaseException,
+)  # fmt: skip
 # What Lightning warns of that is meant here: no workers for rows in memory, metrics.csv beside Hydra's own files, a
 # resumed run that writes to a folder of its own, no held-out documents.
 EXPECTED = (
@@ -90,12 +95,25 @@ def finetune(config: DictConfig) -> RunSummary:
 
     resume: dict[str, Any] = {"ckpt_path": config.ckpt_path, "weights_only": True if config.ckpt_path else None}
     before = _heldout_loss(trainer, module, rows, **resume)
+    for guard in (c for c in callbacks if isinstance(c, NonFiniteLossGuard)):
+        guard.name_document = DocumentNames(data)
     trainer.fit(module, rows, **resume)
+    for stopper in (c for c in callbacks if isinstance(c, SaveOnSignal) and c.checkpoint is not None):
+        _interrupted(stopper, trainer.global_step)
     steps = trainer.global_step
     out = Path(config.paths.output_dir)
     trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
     after = _heldout_loss(trainer, module, rows)
     return _finish(config, trainer, model, data, [(first_step, before), (steps, after)])
+
+
+def _interrupted(stopper: SaveOnSignal, step: int) -> NoReturn:
+    """Say how to go on, and exit as a process that a signal ended does."""
+    assert stopper.caught is not None
+    assert stopper.checkpoint is not None
+    path = shortest(stopper.checkpoint)
+    say("\nStopped by %s after %s steps. Go on with the same command and ckpt_path=%s", stopper.caught.name, step, path)
+    sys.exit(128 + stopper.caught)
 
 
 def _heldout_loss(

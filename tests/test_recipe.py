@@ -3,8 +3,10 @@
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from omegaconf import OmegaConf
 
 from packflex.data.errors import DataError
 from packflex.data.tokenizer import train_tokenizer
+from packflex.integrations.lightning import NonFiniteLossError
 from packflex.models import SetupError, build_model
 from packflex.report import read_metrics
 
@@ -259,3 +262,58 @@ def test_the_command_line_fails_in_one_line(tmp_path):
     done = run("data=jsonl", f"data.path={tmp_path}/x.jsonl", f"hydra.run.dir={tmp_path}/out")
     assert done.returncode == 2
     assert done.stderr == f"finetune: error: {tmp_path}/x.jsonl: no such file or folder; check the path\n"
+
+
+def test_a_terminated_run_says_how_to_go_on(place, tmp_path):
+    out = tmp_path / "out"
+    settings = small(place, "trainer.max_steps=100000", "logger.csv.flush_logs_every_n_steps=1", f"hydra.run.dir={out}")
+    command = [sys.executable, str(ROOT / "recipes" / "finetune.py"), *map(str, settings)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not read_metrics(out / "metrics.csv", "train/loss")[0]:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    saved = re.search(r"Stopped by SIGTERM after (\d+) steps. .* ckpt_path=(\S+)", printed)
+    assert saved, printed
+    state = torch.load(tmp_path / saved[2], weights_only=True)
+    assert state["global_step"] == int(saved[1])
+    rest = recipe.finetune(
+        composed(
+            tmp_path / "rest",
+            *small(place, f"trainer.max_steps={int(saved[1]) + 2}", f"ckpt_path={tmp_path / saved[2]}"),
+        )
+    )
+    assert rest.steps == int(saved[1]) + 2
+
+
+def test_a_nan_names_the_training_document(place, tmp_path, monkeypatch):
+    config = composed(tmp_path, *small(place, "trainer.max_steps=30", "attention.leak_check=false"))
+
+    def build(**options):
+        model = build_model(**options)
+        word = options["tokenizer"](" 9 plus 6")["input_ids"][-1]
+        model.model.embed_tokens.register_forward_hook(
+            lambda module, args, out: torch.where(((args[0] == word) & module.training)[..., None], torch.nan, out)
+        )
+        return model
+
+    monkeypatch.setattr("packflex.models.build_model", build)
+    with pytest.raises(NonFiniteLossError, match=r"whose logits are not finite: training document \d+ \(") as error:
+        recipe.finetune(config)
+    assert "What is" in one_line_of(error.value)
+    assert (tmp_path / "nonfinite_batch.pt").is_file()
+
+
+def test_out_of_memory_in_one_line():
+    text = one_line_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB"))
+    assert text.startswith(
+        "CUDA out of memory. Tried to allocate 80.00 GiB To need less memory, in this order: a lower"
+    )
+    assert torch.OutOfMemoryError in recipe.USER_ERRORS

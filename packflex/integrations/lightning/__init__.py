@@ -2,6 +2,17 @@
 
 from packflex.integrations.lightning.callback import PackFlexCallback
 from packflex.integrations.lightning.datamodule import PackedDataModule
+from packflex.integrations.lightning.guard import NonFiniteLossError, NonFiniteLossGuard
 from packflex.integrations.lightning.module import CausalLMModule
+from packflex.integrations.lightning.profile import ProfileSteps
+from packflex.integrations.lightning.signals import SaveOnSignal
 
-__all__ = ["CausalLMModule", "PackFlexCallback", "PackedDataModule"]
+__all__ = [
+    "CausalLMModule",
+    "NonFiniteLossError",
+    "NonFiniteLossGuard",
+    "PackFlexCallback",
+    "PackedDataModule",
+    "ProfileSteps",
+    "SaveOnSignal",
+]

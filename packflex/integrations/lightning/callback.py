@@ -16,6 +16,11 @@ from packflex.masks import document_mask
 from packflex.metrics import AttentionShape, Throughput, matmul_parameters, peak_flops
 from packflex.testing.leaks import check_leaks
 
+OUT_OF_MEMORY = (
+    "packflex: to need less memory, in this order: fewer rows a batch (batch_size) with more accumulate_grad_batches, "
+    'gradient checkpointing, a loss that holds no logits (CausalLMModule(loss="chunked")), a lower seq_len'
+)
+
 
 class PackFlexCallback(L.Callback):
     """Train on packed batches: `Trainer(callbacks=[PackFlexCallback()])` and a loader with `PackedCollator`.
@@ -137,6 +142,11 @@ class PackFlexCallback(L.Callback):
         peak = peak_flops(pl_module.device)
         if peak is not None and flops:
             pl_module.log("throughput/mfu", flops / peak, sync_dist=many)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Add to an out-of-memory error which settings to lower."""
+        if isinstance(exception, torch.OutOfMemoryError):
+            exception.add_note(OUT_OF_MEMORY)
 
     def _prepare(self, batch: Any) -> PackedLayout:
         packed = _packed(batch)

@@ -1,0 +1,86 @@
+"""`SaveOnSignal`: Ctrl-C, `kill` and a scheduler's time limit end a run with a checkpoint to go on from."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+
+_CHECK_EVERY = 10  # steps between two questions to the other ranks, each of which waits for the device
+
+
+class SaveOnSignal(L.Callback):
+    """On SIGINT or SIGTERM, finish the optimizer step, save a checkpoint, and stop training.
+
+    A second Ctrl-C stops at once, without a checkpoint. Over several ranks a signal to any of them stops all at the
+    same step, a few steps later. Lightning's own handling of the two signals is set aside while training runs.
+
+    Args:
+        dirpath: folder of `interrupted.ckpt`; the trainer's `default_root_dir` when None.
+
+    Attributes:
+        caught: the signal that stopped the run, None when none did.
+        checkpoint: the checkpoint that was saved for it: `trainer.fit(..., ckpt_path=callback.checkpoint)` goes on
+            with the batch that would have come next.
+    """
+
+    def __init__(self, dirpath: str | Path | None = None) -> None:
+        self.dirpath = dirpath
+        self.caught: signal.Signals | None = None
+        self.checkpoint: Path | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over both signals."""
+        self.caught, self.checkpoint = None, None
+        self._step = trainer.global_step
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._note)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Between two optimizer steps: save and stop if a signal came."""
+        if trainer.global_step == self._step or self.checkpoint is not None:
+            return  # in the middle of accumulation, gradients would be lost
+        self._step = trainer.global_step
+        if not self._anyone(trainer):
+            return
+        folder = Path(trainer.default_root_dir if self.dirpath is None else self.dirpath)
+        self.checkpoint = folder / "interrupted.ckpt"
+        trainer.save_checkpoint(self.checkpoint)
+        trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the signals back."""
+        self._release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._release()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.caught is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = signal.Signals(number)
+
+    def _anyone(self, trainer: L.Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self.caught is not None
+        if trainer.global_step % _CHECK_EVERY:
+            return False
+        here = torch.tensor(float(self.caught is not None), device=trainer.strategy.root_device)
+        anyone = bool(trainer.strategy.reduce(here, reduce_op="sum") > 0)
+        if anyone and self.caught is None:
+            self.caught = signal.SIGTERM  # another rank's
+        return anyone
+
+    def _release(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()

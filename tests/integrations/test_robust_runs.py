@@ -1,0 +1,180 @@
+"""Runs that are interrupted, go wrong or run out of memory: what is saved and what is said."""
+
+import logging
+import os
+import signal
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.cloud_io import _atomic_save
+
+from packflex.integrations.lightning import (
+    CausalLMModule,
+    NonFiniteLossError,
+    NonFiniteLossGuard,
+    PackedDataModule,
+    PackFlexCallback,
+    ProfileSteps,
+    SaveOnSignal,
+)
+from tests.integrations.test_lightning import SEQ_LEN, SGD, Recorder, packed_rows, tiny_model, trainer
+from tests.integrations.test_lightning import pytestmark as quiet
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+pytestmark = quiet
+BAD = 63  # a token whose embedding comes out as NaN in these tests
+
+
+class SendSignal(L.Callback):
+    """A signal to this very process, while a batch is worked on."""
+
+    def __init__(self, number, batch):
+        self.number, self.batch = number, batch
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            os.kill(os.getpid(), self.number)
+
+
+def data(batch_size=2):
+    return PackedDataModule(packed_rows(), seq_len=SEQ_LEN, batch_size=batch_size, seed=5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("batch", [4, 5], ids=["in the middle of accumulation", "at its end"])
+def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(tmp_path, number, batch):
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    options = {"max_steps": 6, "accumulate_grad_batches": 2}
+    trainer(tmp_path, [whole], **options).fit(CausalLMModule(tiny_model(), SGD), data())
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    stopper = SaveOnSignal(tmp_path)
+    stopped = trainer(tmp_path, [first, stopper, SendSignal(number, batch)], **options)
+    stopped.fit(CausalLMModule(tiny_model(), SGD), data())
+    assert stopper.caught == number
+    assert stopped.global_step == 3, "the optimizer step that was under way is finished"
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+    resumed = trainer(tmp_path, [second], **options)
+    resumed.fit(CausalLMModule(tiny_model(seed=1), SGD), data(), ckpt_path=stopper.checkpoint, weights_only=True)
+    assert resumed.global_step == 6
+    steps = len(second.losses)
+    assert second.losses == whole.losses[-steps:], "bitwise"
+    assert second.losses != first.losses[:steps]
+    assert all(torch.equal(a, b) for a, b in zip(whole.gradients, second.gradients, strict=True))
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    stopper = SaveOnSignal(tmp_path)
+    stopper._handlers = {}
+    stopper._note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        stopper._note(signal.SIGINT, None)
+    assert stopper.caught == signal.SIGINT
+
+
+def poisoned_model():
+    model = tiny_model()
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, args, out: torch.where((args[0] == BAD)[..., None], torch.nan, out)
+    )
+    return model
+
+
+def test_a_loss_of_nan_stops_with_its_batch_and_documents(tmp_path):
+    rows = packed_rows()
+    at = [BAD in ids for ids in rows["input_ids"]]
+    first = at.index(True)
+    module = CausalLMModule(poisoned_model(), SGD)
+    before = [p.clone() for p in module.parameters()]
+    sequential = PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=1, order="sequential")
+    fit = trainer(tmp_path, [PackFlexCallback(leak_check=False), NonFiniteLossGuard()], max_steps=len(rows))
+    with pytest.raises(NonFiniteLossError, match="the loss is nan") as error:
+        fit.fit(module, sequential)
+    assert fit.global_step == first
+    assert all(p.isfinite().all() for p in module.parameters()), "the bad gradients were never applied"
+    assert first == 0 or any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+    saved = torch.load(tmp_path / "nonfinite_batch.pt", weights_only=True)
+    assert saved["lengths"] == [rows[first]["lengths"]]
+    assert saved["input_ids"][0, : len(rows[first]["input_ids"])].tolist() == rows[first]["input_ids"]
+    start, bad = 0, []
+    for d, length in enumerate(rows[first]["lengths"]):
+        if BAD in rows[first]["input_ids"][start : start + length]:
+            bad.append(d)
+        start += length
+    named = str(error.value).split("are not finite: ")[1]
+    for d in range(len(rows[first]["lengths"])):
+        assert (f"document {d} of row 0" in named) is (d in bad)
+
+
+def test_the_guard_looks_one_batch_back_where_the_host_runs_ahead(tmp_path):
+    """As on a GPU: the loss before is looked at, and the last one when training ends."""
+
+    class Late(NonFiniteLossGuard):
+        def on_before_backward(self, trainer, pl_module, loss):
+            before, self._waiting = self._waiting, (self._batch, loss.detach(), trainer.global_step)
+            if before is not None:
+                self._check(trainer, pl_module, before)
+
+    rows = packed_rows()
+    first = [BAD in ids for ids in rows["input_ids"]].index(True)
+    for steps in (first + 1, first + 2):
+        sequential = PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=1, order="sequential")
+        names = lambda ids, d: f"number {d} of {len(ids)} tokens"  # noqa: E731
+        guard = Late(tmp_path / str(steps), name_document=names)
+        fit = trainer(tmp_path, [PackFlexCallback(leak_check=False), guard], max_steps=steps)
+        with pytest.raises(NonFiniteLossError, match=r"number 0 of \d+ tokens.* Weights are not finite either"):
+            fit.fit(CausalLMModule(poisoned_model(), SGD), sequential)
+        saved = torch.load(tmp_path / str(steps) / "nonfinite_batch.pt", weights_only=True)
+        assert saved["lengths"] == [rows[first]["lengths"]]
+
+
+def test_out_of_memory_names_the_settings(tmp_path):
+    class Hungry(CausalLMModule):
+        def training_step(self, batch, batch_idx):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        trainer(tmp_path, [PackFlexCallback()]).fit(Hungry(tiny_model(), SGD), data())
+    assert "fewer rows a batch (batch_size)" in error.value.__notes__[0]
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    """Lightning writes to a file beside it and renames: a write that dies leaves the old checkpoint as it was."""
+    path = tmp_path / "last.ckpt"
+    fit = trainer(tmp_path, max_steps=1)
+    fit.fit(CausalLMModule(tiny_model(), SGD), data())
+    fit.save_checkpoint(path)
+    good = path.read_bytes()
+
+    import fsspec.implementations.local as local
+
+    class Full(local.LocalFileOpener):
+        def write(self, content):
+            super().write(content[: len(content) // 2])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(local, "LocalFileOpener", Full)
+    with pytest.raises(OSError, match="No space left"):
+        _atomic_save({"weights": torch.ones(1000)}, path)
+    assert path.read_bytes() == good
+
+
+def test_profile(tmp_path):
+    profile = ProfileSteps(tmp_path, skip=1, record=2, rows=5)
+    trainer(tmp_path, [profile], max_steps=4).fit(CausalLMModule(tiny_model(), SGD), data())
+    table = (tmp_path / "profile.txt").read_text()
+    assert "aten::" in table
+    assert "Self CPU" in table
+    assert (tmp_path / "trace.json").stat().st_size > 1000
+    with pytest.raises(ValueError, match="record at least 1; got 1 and 0"):
+        ProfileSteps(skip=1, record=0)
+
+
+def test_profile_of_a_run_that_ends_first(tmp_path):
+    profile = ProfileSteps(tmp_path, skip=1, record=20)
+    trainer(tmp_path, [profile], max_steps=3).fit(CausalLMModule(tiny_model(), SGD), data())
+    assert (tmp_path / "trace.json").is_file()

@@ -5,6 +5,7 @@ transformers is imported when a model is built, so that `SetupError` costs nothi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -85,6 +86,29 @@ def build_model(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model.train()
+
+
+def add_adapters(model: PreTrainedModel, config: Any, seed: int = 0) -> Any:
+    """The model with trainable adapters and frozen weights, in training mode.
+
+    Args:
+        model: as `build_model` gives it; changed in place.
+        config: a `peft.PeftConfig`, such as `LoraConfig(r=16, target_modules="all-linear")`.
+        seed: of the adapters' random start.
+
+    Raises:
+        SetupError: adapters that do not fit this model.
+    """
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft asks by a name that transformers renamed after 5.17
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated", FutureWarning)
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config).train()
+        except ValueError as error:
+            raise SetupError(f"{type(model).__name__}: {one_line(error)}; check the peft settings") from error
 
 
 def _load(path: str | Path, revision: str | None) -> PreTrainedModel:

@@ -165,6 +165,8 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int) -> None:
     """
     if config.optimizer.lr is None:
         start = "pretrained" if is_pretrained(config.model.path, config.model.init) else "random"
+        if config.peft._target_ is not None:
+            start = "adapters"
         config.optimizer.lr = config.learning_rate[start]
     if config.steps.total is None:
         batches = math.ceil(rows / (config.packing.batch_size * trainer.world_size))

@@ -38,6 +38,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from packflex.integrations.lightning import NonFiniteLossError, NonFiniteLossGuard, SaveOnSignal
+from packflex.models import SetupError, add_adapters
 from packflex.report import (
     RunSummary,
     complete,
@@ -82,10 +83,15 @@ def finetune(config: DictConfig) -> RunSummary:
     check_single_run(trainer)
 
     data = prepare(config)
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
     model = instantiate(config.model, tokenizer=data.tokenizer)
     say("%s with %.1f million parameters", type(model).__name__, model.num_parameters() / 1e6)
+    if config.peft._target_ is not None:
+        if sharded:
+            raise SetupError("adapters are not trained sharded: use trainer=ddp with peft=lora, or peft=none")
+        model = add_adapters(model, instantiate(config.peft), config.seed)
+        say("Training %.1f million of them in adapters", model.num_parameters(only_trainable=True) / 1e6)
     fill_in(config, trainer, len(data.train))
-    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
     make_module = ShardedCausalLMModule if sharded else hydra.utils.get_class(config.module._target_)
     options = {str(key): value for key, value in config.module.items() if key != "_target_"}
     module = make_module(model, instantiate(config.optimizer), instantiate(config.scheduler), **options)
@@ -140,8 +146,13 @@ def _finish(
     prompt, completion = complete(
         model, data.tokenizer, prompt_of(probe["input_ids"], probe["labels"]), **config.sample
     )
-    state = whole_state(model)
     files = {"checkpoint": out / "checkpoints" / "last.ckpt", "model": out / "model", "config": out / "config.yaml"}
+    if config.peft._target_ is not None:
+        files["adapter"] = out / "adapter"
+        if trainer.is_global_zero:
+            model.save_pretrained(files["adapter"])
+        model = model.merge_and_unload()
+    state = whole_state(model)
     if trainer.is_global_zero:
         model.save_pretrained(files["model"], state_dict=state)
         data.tokenizer.save_pretrained(files["model"])

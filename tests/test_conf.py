@@ -22,7 +22,17 @@ ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
 # The models' own numbers of parameters.
-PARAMETERS = {"smollm2_135m": 134_515_008, "qwen3_0_6b": 596_049_920, "llama32_1b": 1_235_814_400}
+PARAMETERS = {
+    "smollm2_135m": 134_515_008,
+    "qwen3_0_6b": 596_049_920,
+    "gemma3_1b": 999_885_952,
+    "llama32_1b": 1_235_814_400,
+    "gemma2_2b": 2_614_341_888,
+    "smollm3_3b": 3_075_098_624,
+    "mistral_7b": 7_248_023_552,
+    "olmo3_7b": 7_298_011_136,
+    "gpt_oss_20b": 20_914_757_184,
+}
 NEEDS_PATH = {"data/jsonl", "data/hub", "data/chat", "experiment/chat_qwen3"}
 
 pytestmark = [
@@ -101,6 +111,7 @@ def check_callbacks(config, name):
     assert isinstance(made["packflex"], PackFlexCallback)
     assert all(isinstance(callback, L.Callback) for callback in made.values())
     assert ("progress" in made) is (name != "quiet")
+    assert ("profile" in made) is (name == "profile")
 
 
 def check_logger(config, name):
@@ -128,7 +139,15 @@ def check_experiment(config, name):
                 assert config[group][key] == value
 
 
+def check_peft(config, name):
+    made = instantiate(config.peft) if config.peft._target_ else None
+    assert (made is None) is (name == "none")
+    if made is not None:
+        assert (made.r, made.target_modules, made.task_type) == (16, "all-linear", "CAUSAL_LM")
+
+
 CHECKS = {
+    "peft": check_peft,
     "data": check_data,
     "packing": check_packing,
     "attention": check_callbacks,

@@ -317,3 +317,38 @@ def test_out_of_memory_in_one_line():
         "CUDA out of memory. Tried to allocate 80.00 GiB To need less memory, in this order: a lower"
     )
     assert torch.OutOfMemoryError in recipe.USER_ERRORS
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_are_trained_saved_and_merged(place, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = composed(tmp_path, *small(place, "peft=lora", "peft.r=4", "optimizer.lr=3e-2", "trainer.max_steps=20"))
+    summary = recipe.finetune(config)
+    assert summary.loss_end < summary.loss_start - 0.2
+    start, merged = build_model(place / "model"), build_model(tmp_path / "model")
+    adapted = peft.PeftModel.from_pretrained(build_model(place / "model"), tmp_path / "adapter")
+    ids = torch.arange(5, 25)[None]
+    for model in (start, merged, adapted):
+        model.eval()
+    assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-4)
+    assert not torch.allclose(merged(ids).logits, start(ids).logits, atol=1e-2)
+    assert torch.equal(merged.model.embed_tokens.weight, start.model.embed_tokens.weight), "frozen"
+    assert composed(tmp_path, *small(place, "peft=lora")).optimizer.lr is None
+    assert OmegaConf.load(tmp_path / "config.yaml").peft.r == 4
+
+
+def test_the_saved_model_needs_no_packflex(place, tmp_path):
+    """A process in which packflex cannot be imported loads the model and gets the same logits."""
+    recipe.finetune(composed(tmp_path, *small(place)))
+    model = build_model(tmp_path / "model").eval()
+    expected = model(torch.arange(5, 25)[None]).logits[0, -1].tolist()
+    code = (
+        "import sys, json; sys.modules['packflex'] = None\n"
+        "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})\n"
+        f"AutoTokenizer.from_pretrained({str(tmp_path / 'model')!r})('a')\n"
+        "print(json.dumps(model.eval()(torch.arange(5, 25)[None]).logits[0, -1].tolist()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(expected, abs=1e-5)

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -186,6 +187,11 @@ def _finish(
 @hydra.main(version_base="1.3", config_path="../conf", config_name="finetune")
 def run(config: DictConfig) -> None:
     """The run itself, with its config composed by Hydra from the command line."""
+    run_config(config)
+
+
+def run_config(config: DictConfig) -> None:
+    """Run a composed config as a command does: quiet libraries, one line for a user's mistake."""
     for message in EXPECTED:
         warnings.filterwarnings("ignore", f".*{message}")
     for name in ("huggingface_hub", "transformers", "datasets"):
@@ -201,8 +207,12 @@ def run(config: DictConfig) -> None:
         _stop(error)
 
 
-def main() -> None:
-    """Run the command line: exit code 0 when done, 2 for a mistake in the command or the data."""
+def run_command(run: Callable[[], Any]) -> None:
+    """Run a command line: exit code 0 when done, 2 for a mistake in the command or the data.
+
+    Args:
+        run: a function that `hydra.main` made.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them its own way
     try:
         run()
@@ -213,9 +223,9 @@ def main() -> None:
 def _stop(error: Exception) -> NoReturn:
     if "debug=true" in sys.argv:
         raise error
-    print(f"finetune: error: {one_line_of(error)}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).stem}: error: {one_line_of(error)}", file=sys.stderr)
     sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(run)

@@ -46,9 +46,9 @@ def recipes_on_the_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
 
 
-def composed(tmp_path, *overrides):
+def composed(tmp_path, *overrides, name="finetune"):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("finetune", overrides=[f"paths.output_dir={tmp_path}", *overrides])
+        config = compose(name, overrides=[f"paths.output_dir={tmp_path}", *overrides])
     assert not OmegaConf.missing_keys(config)
     return config
 
@@ -57,7 +57,7 @@ def check_data(config, name):
     load = instantiate(config.data)
     assert isinstance(load, functools.partial)
     inspect.signature(load.func).bind(**load.keywords)
-    assert load.keywords["kind"] == name
+    assert load.keywords.get("kind", "text") == name
     tokenize = instantiate(config.tokenize)
     inspect.signature(tokenize.func).bind(None, None, **tokenize.keywords)
 
@@ -170,7 +170,10 @@ def test_there_are_files():
 def test_file(file, tmp_path):
     group, _, name = file.rpartition("/")
     if not group:
-        assert composed(tmp_path).model.path is None
+        overrides = ["data.path=somewhere", "model.path=somewhere"] if name == "evaluate" else []
+        config = composed(tmp_path, *overrides, name=name)
+        check_data(config, {"evaluate": "jsonl", "pretrain": "text"}.get(name, "stdlib"))
+        assert config.model.path == ("somewhere" if name == "evaluate" else None)
         return
     overrides = [] if group == "hydra" else [f"{group}={name}"]
     if file in NEEDS_PATH:

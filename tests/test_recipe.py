@@ -243,8 +243,8 @@ def test_a_sweep_over_several_devices_is_refused(place, tmp_path):
         HydraConfig.instance().cfg = None
 
 
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "recipes" / "finetune.py"), *map(str, arguments)]
+def run(*arguments, recipe="finetune"):
+    command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
@@ -352,3 +352,18 @@ def test_the_saved_model_needs_no_packflex(place, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_pretraining_on_text_files(place, tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.txt").write_text(" ".join(f"What is {a} plus {i}? It is {a + i}." for a in range(20)))
+    settings = ["callbacks=quiet", "packing.seq_len=64", "trainer.max_steps=3", "sample.max_new_tokens=4"]
+    paths = [f"data.path={tmp_path}/*.txt", f"model.path={place}/model", f"hydra.run.dir={tmp_path}/out"]
+    done = run(*settings, *paths, recipe="pretrain")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert any("longer than a row were split" in note for note in summary["notes"])
+    wrong = run(f"data.path={tmp_path}/nowhere", recipe="pretrain")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith(f"pretrain: error: {tmp_path}/nowhere: no such file or folder")

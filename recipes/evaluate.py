@@ -1,0 +1,133 @@
+"""Loss and perplexity of each document of a data set, whatever row it is packed into.
+
+    python recipes/evaluate.py model.path=outputs/2026-11-23/10-00-00/model data=jsonl data.path=test.jsonl
+
+Writes `documents.csv` (tokens, loss and perplexity of each) and `summary.json` to Hydra's output folder, and prints the
+mean over tokens, which long documents dominate, and the median over documents.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in finetune.py
+
+import hydra
+import numpy as np
+import torch
+from _checks import one_line_of
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from packflex.data.tokenizer import load_tokenizer
+from packflex.evaluate import document_losses
+from packflex.models import SetupError
+from packflex.report import shortest
+
+PRECISIONS = {"16": torch.float16, "bf16": torch.bfloat16, "32": None}
+USER_ERRORS = (ValueError, NotImplementedError, torch.OutOfMemoryError, HydraException, OmegaConfBaseException)
+
+
+def evaluate(config: DictConfig) -> dict[str, float | int]:
+    """Run a config; returns what summary.json holds."""
+    device = _device(config.device)
+    autocast = _precision(str(config.precision), device)
+    name = config.tokenizer.path if config.tokenizer.path is not None else config.model.path
+    tokenizer = load_tokenizer(
+        name, config.tokenizer.chat_template, config.model.revision if config.tokenizer.path is None else None
+    )
+    documents = instantiate(config.data)()
+    tokens = instantiate(config.tokenize)(documents, tokenizer)
+    model = instantiate(config.model, tokenizer=tokenizer).to(device)
+    began = time.perf_counter()
+    found = document_losses(
+        model,
+        tokens.dataset,
+        seq_len=config.packing.seq_len,
+        batch_size=config.packing.batch_size,
+        backend=config.attention.backend,
+        autocast=autocast,
+    )
+    seconds = time.perf_counter() - began
+    each = found.document_perplexities
+    summary = {
+        "documents": len(each),
+        "dropped": tokens.dropped,
+        "tokens": int(found.tokens.sum()),
+        "supervised": int(found.supervised.sum()),
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "median_document_perplexity": float(np.nanmedian(each)),
+        "tokens_per_second": float(found.tokens.sum() / seconds),
+    }
+    out = Path(config.paths.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    found.save(out / "documents.csv")
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    OmegaConf.save(config, out / "config.yaml", resolve=True)
+    print(
+        f"documents   {summary['documents']:,}, {summary['supervised']:,} supervised tokens"
+        + (f"; {tokens.dropped:,} without one were left out" if tokens.dropped else "")
+    )
+    print(f"loss        {found.loss:.4f} nats a token")
+    print(
+        f"perplexity  {found.perplexity:.3f} over tokens, {summary['median_document_perplexity']:.3f} median document"
+    )
+    print(f"speed       {summary['tokens_per_second']:,.0f} tokens a second")
+    print(f"written     {shortest(out / 'documents.csv')}")
+    return summary
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SetupError(f"device={name} must be auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SetupError(f"device={name}: this machine has no GPU that torch can use; set device=cpu")
+    return device
+
+
+def _precision(name: str, device: torch.device) -> torch.dtype | None:
+    name = ("bf16" if device.type == "cuda" else "32") if name == "auto" else name
+    if name not in PRECISIONS:
+        raise SetupError(f"precision={name} must be auto, {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+def run(config: DictConfig) -> None:
+    """The run itself."""
+    try:
+        evaluate(config)
+    except USER_ERRORS as error:
+        _stop(error)
+
+
+def _stop(error: Exception) -> NoReturn:
+    if "debug=true" in sys.argv:
+        raise error
+    print(f"evaluate: error: {one_line_of(error)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> None:
+    """Run the command line: exit code 0 when done, 2 for a mistake in the command or the data."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        run()
+    except USER_ERRORS as error:
+        _stop(error)
+
+
+if __name__ == "__main__":
+    main()

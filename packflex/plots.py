@@ -1,4 +1,5 @@
-"""Pictures as matplotlib figures: document lengths, the block mask of a packed row, a loss curve.
+"""Pictures as matplotlib figures: document lengths, the block mask of a packed row, a loss curve, a
+measurement by step.
 
 Each function returns a `Figure` of its own (no pyplot, no global state); save it with `figure.savefig("out.png")`.
 """
@@ -273,6 +274,36 @@ def loss_curve(
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a supervised token)")
     axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    _title(axes, title, "")
+    return figure
+
+
+def step_curve(steps: Sequence[int], values: Sequence[float], label: str, title: str, percent: bool = False) -> Figure:
+    """A measurement by step, with its median as a line.
+
+    Args:
+        steps, values: equally long, at least one.
+        label: of the vertical axis.
+        title: above the picture.
+        percent: whether values are shares of 1, drawn from 0 to 100%.
+
+    Raises:
+        ValueError: nothing to draw, or numbers that do not pair.
+    """
+    if len(steps) != len(values) or not len(steps):
+        raise ValueError(f"steps and values must pair and not be empty; got {len(steps)} and {len(values)}")
+    from matplotlib.ticker import FuncFormatter
+
+    figure, (axes,) = _figure(7.2, 3.0)
+    axes.plot(steps, values, color=_BLUE, linewidth=1.2, marker="o" if len(steps) == 1 else None, zorder=2)
+    middle = float(np.median(values))
+    shown = f"{middle:.2%}" if percent else f"{middle:,.0f}"
+    axes.axhline(middle, color=_ORANGE, linewidth=1.2, linestyle="--", label=f"median {shown}", zorder=3)
+    axes.set_ylim(0, 1.05 if percent else max(max(values), middle) * 1.1 or 1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}" if percent else f"{y:,.0f}"))
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="lower right")
     _title(axes, title, "")
     return figure
 

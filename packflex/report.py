@@ -60,7 +60,8 @@ class RunSummary:
         """Write the summary as JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
-    def __str__(self) -> str:
+    def facts(self) -> list[tuple[str, str]]:
+        """Names and values, as they are shown."""
         lines = [
             ("parameters", f"{self.parameters:,}"),
             ("documents", f"{self.documents:,}"),
@@ -73,9 +74,11 @@ class RunSummary:
         if self.loss_start is not None and self.loss_end is not None:
             change = f"{self.loss_start:.3f} -> {self.loss_end:.3f}"
             lines.append(("held-out loss", f"{change} nats a token, {self.heldout_documents:,} documents"))
-        lines += [("note", note) for note in self.notes]
+        return lines + [("note", note) for note in self.notes]
+
+    def __str__(self) -> str:
         sample = ["", "prompt (held out)", _indented(self.prompt), "completion", _indented(self.completion), ""]
-        return "\n".join([_table(lines), *sample, "written", _table(list(self.files.items()))])
+        return "\n".join([_table(self.facts()), *sample, "written", _table(list(self.files.items()))])
 
 
 def read_metrics(path: Path, name: str) -> tuple[list[int], list[float]]:

@@ -49,6 +49,7 @@ from packflex.report import (
     typical_document,
     typical_speed,
 )
+from packflex.report_page import save_report
 from packflex.testing.leaks import LeakError
 
 # packflex and torch raise ValueError and NotImplementedError for arguments that cannot be used.
@@ -154,12 +155,13 @@ def _finish(
             model.save_pretrained(files["adapter"])
         model = model.merge_and_unload()
     state = whole_state(model)
+    measured = [(step, loss) for step, loss in losses if loss is not None]
+    files["report"] = out / "report.html"
     if trainer.is_global_zero:
         model.save_pretrained(files["model"], state_dict=state)
         data.tokenizer.save_pretrained(files["model"])
         OmegaConf.save(config, files["config"], resolve=True)
         metrics, picture = out / "metrics.csv", out / "loss.png"
-        measured = [(step, loss) for step, loss in losses if loss is not None]
         if save_loss_picture(metrics, picture, measured):
             files |= {"metrics": metrics, "loss curve": picture}
     summary = RunSummary(
@@ -180,6 +182,9 @@ def _finish(
     )
     if trainer.is_global_zero:
         summary.save(out / "summary.json")
+        save_report(
+            summary, out / "metrics.csv", out / "report.html", OmegaConf.to_yaml(config, resolve=True), measured
+        )
         print(f"\n{summary}")
     return summary
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from packflex.layout import PackedLayout
-from packflex.plots import length_histogram, loss_curve, row_mask, tile_kinds
+from packflex.plots import length_histogram, loss_curve, row_mask, step_curve, tile_kinds
 
 
 def dense_kinds(layout, row, block, causal, window):
@@ -81,3 +81,13 @@ def test_errors():
         loss_curve([0, 1], [1.0])
     with pytest.raises(ValueError, match="no loss to draw"):
         loss_curve([], [])
+
+
+def test_step_curve():
+    figure = step_curve([1, 2, 3], [0.9, 1.0, 0.95], "efficiency", "Padding", percent=True)
+    axes = figure.axes[0]
+    assert axes.get_legend().get_texts()[0].get_text() == "median 95.00%"
+    assert axes.get_ylim() == (0, 1.05)
+    assert step_curve([5], [0.0], "documents", "Documents").axes[0].get_ylim() == (0, 1)
+    with pytest.raises(ValueError, match="must pair and not be empty; got 1 and 0"):
+        step_curve([1], [], "x", "y")

@@ -87,7 +87,14 @@ def test_a_run_end_to_end(place, tmp_path, capsys):
     assert 0.8 < summary.efficiency <= 1
     assert str(summary) in capsys.readouterr().out
     assert json.loads((tmp_path / "summary.json").read_text())["loss_end"] == summary.loss_end
-    for file in ("checkpoints/last.ckpt", "metrics.csv", "loss.png", "model/config.json", "model/tokenizer.json"):
+    for file in (
+        "checkpoints/last.ckpt",
+        "metrics.csv",
+        "loss.png",
+        "report.html",
+        "model/config.json",
+        "model/tokenizer.json",
+    ):
         assert (tmp_path / file).is_file(), file
     resolved = OmegaConf.load(tmp_path / "config.yaml")
     assert (resolved.steps.total, resolved.steps.warmup, resolved.optimizer.lr) == (20, 2, 1e-2)

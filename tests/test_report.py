@@ -1,6 +1,7 @@
 """The summary of a run, its picture, and the sample."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from packflex.report import (
     typical_document,
     typical_speed,
 )
+from packflex.report_page import save_report
 
 SUMMARY = RunSummary(
     parameters=5310720,
@@ -139,3 +141,16 @@ def test_completion_is_the_same_each_time(temperature, tmp_path):
     assert first[0] == "one two"
     assert model.training
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_the_page_holds_everything_and_needs_nothing(tmp_path, metrics):
+    page = tmp_path / "report.html"
+    save_report(replace(SUMMARY, completion="<b>1 & 2</b>"), metrics, page, "seed: 0", [(0, 8.36), (2, 5.3)])
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 2, "loss and throughput; the rest was not logged"
+    assert "&lt;b&gt;1 &amp; 2&lt;/b&gt;" in text
+    assert "8.360 -&gt; 5.300 nats a token" in text
+    assert "<td>file: checkpoint</td><td>outputs/last.ckpt</td>" in text
+    assert "434 documents longer than a row were split" in text
+    assert "seed: 0" in text
+    assert "http" not in text.split("base64")[0], "nothing is fetched"

@@ -29,9 +29,9 @@ class PackFlexCallback(L.Callback):
     `packflex.flex_attention`. It switches the models' attention at `setup`, builds the masks of each batch once on the
     device for all layers, checks before the first training batch that documents do not leak, and logs throughput.
 
-    Logs `packing/efficiency`; summed over all ranks, `throughput/tokens_per_second` (tokens of documents, not padding)
-    and `throughput/documents_per_second`; and where the device's peak and the model's shape are known,
-    `throughput/mfu`, from the exact FLOPs of each batch.
+    Logs `packing/efficiency`; summed over all ranks, `packing/documents` of the batch, `throughput/tokens_per_second`
+    (tokens of documents, not padding) and `throughput/documents_per_second`; and where the device's peak and the
+    model's shape are known, `throughput/mfu`, from the exact FLOPs of each batch.
 
     Args:
         backend: of `packflex.flex_attention`: "triton", "torch" or "reference"; the best for the device when None.
@@ -133,6 +133,7 @@ class PackFlexCallback(L.Callback):
         self._throughput.update(time.perf_counter(), packed.num_tokens, packed.num_documents, flops)
         many = trainer.world_size > 1
         pl_module.log("packing/efficiency", packed.efficiency, sync_dist=many)
+        pl_module.log("packing/documents", float(packed.num_documents), reduce_fx="sum", sync_dist=many)
         rates = self._throughput.rates()
         if rates is None:
             return

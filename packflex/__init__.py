@@ -5,14 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from packflex import masks
-from packflex.attention import flex_attention
-from packflex.layout import PackedLayout
-from packflex.masks import BlockMask, create_block_mask, document_mask
-
 if TYPE_CHECKING:
-    from packflex import packing
+    from packflex import masks, packing
+    from packflex.attention import flex_attention
     from packflex.data.pack import pack_dataset
+    from packflex.layout import PackedLayout
+    from packflex.masks import BlockMask, create_block_mask, document_mask
 
 __version__ = "0.1.0"
 
@@ -29,10 +27,27 @@ __all__ = [
 ]
 
 
+# Where each public name comes from. All are imported on first use: torch costs seconds that packing and the command
+# line's help must not pay, and `datasets` one that attention must not.
+_HOME = {
+    "BlockMask": "packflex.masks",
+    "PackedLayout": "packflex.layout",
+    "create_block_mask": "packflex.masks",
+    "document_mask": "packflex.masks",
+    "flex_attention": "packflex.attention",
+    "pack_dataset": "packflex.data.pack",
+}
+_MODULES = ("attention", "layout", "masks", "metrics", "packing")
+
+
 def __getattr__(name: str) -> Any:
-    """Import on first use what the core does not need: `datasets` costs a second that attention alone must not pay."""
-    if name == "pack_dataset":
-        return import_module("packflex.data.pack").pack_dataset
-    if name == "packing":
-        return import_module("packflex.packing")
+    """Import a public name when it is first used."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return import_module(f"packflex.{name}")
     raise AttributeError(f"module 'packflex' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -66,6 +66,21 @@ class Supervision(Enum):
     last = "last"
 
 
+class OnDuplicate(Enum):
+    """What happens to a record whose id came before."""
+
+    error = "error"
+    drop = "drop"
+    keep = "keep"
+
+
+class EngineName(Enum):
+    """Where tokenising and writing run."""
+
+    local = "local"
+    ray = "ray"
+
+
 class OnUnsupervised(Enum):
     """What happens to a document without a supervised token."""
 
@@ -150,31 +165,41 @@ def pack(
     on_unsupervised: Annotated[
         OnUnsupervised, typer.Option(help="What to do with documents without a supervised token.")
     ] = OnUnsupervised.error,
+    id_field: Annotated[str, typer.Option(help="Field that names a record, for --on-duplicate.")] = "id",
+    on_duplicate: Annotated[
+        OnDuplicate, typer.Option(help="What to do with a record whose id came before; keep does not look.")
+    ] = OnDuplicate.keep,
     config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set or of 'stdlib'.")] = "train",
     limit: Annotated[int | None, typer.Option(min=1, help="Read only this many documents.")] = None,
     file_format: Annotated[FileFormat, typer.Option(help="Format on disk.")] = FileFormat.parquet,
-    num_proc: Annotated[int | None, typer.Option(min=1, help="Worker processes for tokenising.")] = None,
+    num_proc: Annotated[int | None, typer.Option(min=1, help="Worker processes.")] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="Where the work runs: this machine, or a Ray cluster (packflex[ray]).")
+    ] = EngineName.local,
     seed: Annotated[int, typer.Option(help="Seed of the order of rows.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a packed data set at DIR.")] = False,
 ) -> None:
-    """Tokenise documents, pack them into rows and write them with a manifest."""
+    """Tokenise documents, pack them into rows and write them with a manifest.
+
+    A run that was cut short goes on where it stopped when the same command is run again.
+    """
     from packflex.data.write import check_output
 
     check_output(output, overwrite)
     _quiet_libraries()
-    from packflex.data.errors import DataError
-    from packflex.data.pack import pack_dataset, plan_dataset
-    from packflex.data.sources import guess_kind, load_documents
-    from packflex.data.tokenize import tokenize_documents
+    from packflex.data.build import TokenizeOptions, build_packed
+    from packflex.data.engines import LocalEngine, RayEngine
+    from packflex.data.sources import guess_kind, read_documents
     from packflex.data.tokenizer import load_tokenizer
-    from packflex.data.write import documents_fingerprint, write_packed
+    from packflex.data.write import load_packed
     from packflex.inspect import summarise
-    from packflex.render import report_table
+    from packflex.render import progress_bars, report_table
 
     kind = guess_kind(inputs)
+    runner = RayEngine(num_proc) if engine is EngineName.ray else LocalEngine(num_proc)
     chosen = load_tokenizer(tokenizer, chat_template)
-    documents = load_documents(
+    documents = read_documents(
         kind,
         inputs[0] if kind == "hub" and len(inputs) == 1 else list(inputs),
         format=format.value,
@@ -183,52 +208,29 @@ def pack(
         completion_field=completion_field,
         messages_field=messages_field,
         tools_field=tools_field,
+        id_field=id_field,
+        on_duplicate=on_duplicate.value,
         config=config,
         split=split,
         limit=limit,
     )
-    tokenised = tokenize_documents(
-        documents,
-        chosen,
-        train_on_prompt=train_on_prompt,
-        turns=turns.value,
-        max_length=max_length,
-        on_unsupervised=on_unsupervised.value,
-        num_proc=num_proc,
-    )
-    plan = plan_dataset(tokenised.dataset, seq_len=seq_len, strategy=strategy.value, overflow=overflow.value, seed=seed)
-    if not plan.num_rows:
-        raise DataError(
-            f"all {plan.num_dropped} documents are longer than --seq-len {seq_len} and --overflow drop leaves none; "
-            "raise --seq-len, or choose --overflow split"
+    with progress_bars() as progress:
+        manifest = build_packed(
+            documents,
+            output,
+            chosen,
+            seq_len=seq_len,
+            strategy=strategy.value,
+            overflow=overflow.value,
+            seed=seed,
+            tokenize=TokenizeOptions(train_on_prompt, turns.value, max_length, on_unsupervised.value),
+            sources=inputs,
+            file_format=file_format.value,
+            overwrite=overwrite,
+            engine=runner,
+            progress=progress,
         )
-    packed = pack_dataset(tokenised.dataset, plan=plan)
-    counts = {
-        "documents read": tokenised.read,
-        "without supervision, dropped": tokenised.dropped,
-        "cut to --max-length": tokenised.truncated,
-        "tokens cut off": tokenised.truncated_tokens + plan.truncated_tokens,
-        "longer than a row, split": plan.num_split,
-        "longer than a row, truncated": plan.num_truncated,
-        "longer than a row, dropped": plan.num_dropped,
-    }
-    manifest = write_packed(
-        packed,
-        output,
-        tokenizer=chosen,
-        seq_len=seq_len,
-        strategy=strategy.value,
-        overflow=overflow.value,
-        seed=seed,
-        sources=inputs,
-        source_fingerprint=documents_fingerprint(documents),
-        document_format=_form(documents.column_names),
-        counts=counts,
-        file_format=file_format.value,
-        overwrite=overwrite,
-    )
-    out = _console()
-    out.print(report_table(f"packed into {output}", summarise(packed, seq_len), manifest))
+    _console().print(report_table(f"packed into {output}", summarise(load_packed(output).dataset, seq_len), manifest))
 
 
 @app.command("inspect")
@@ -335,10 +337,6 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-
-
-def _form(columns: list[str]) -> str:
-    return next(form for form in ("messages", "prompt", "text") if form in columns)
 
 
 def _tokenizer_of(manifest: PackedManifest) -> tuple[PreTrainedTokenizerBase | None, str]:

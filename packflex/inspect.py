@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from packflex.data.chat import IGNORED
+from packflex.data.labels import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset

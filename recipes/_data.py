@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from packflex.data.errors import DataError
 from packflex.data.pack import plan_dataset
 from packflex.data.tokenize import TokenizedDocuments
 from packflex.data.tokenizer import load_tokenizer, train_tokenizer
+from packflex.data.write import load_packed, read_manifest
 from packflex.models import is_pretrained
 from packflex.packing import PackingPlan
 
@@ -35,14 +36,19 @@ say = rank_zero_only(logging.getLogger("finetune").info)
 
 @dataclass(frozen=True)
 class PackedSplits:
-    """Packed rows for training, tokenised and packed held-out documents (None without any), and how they were made."""
+    """Packed rows for training, tokenised and packed held-out documents (None without any), and how they were made.
+
+    `plan` is None for rows that were packed before.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     train: Dataset
     heldout: Dataset | None
     heldout_documents: Dataset | None
     train_documents: Dataset
-    plan: PackingPlan
+    num_documents: int
+    efficiency: float
+    plan: PackingPlan | None
     notes: tuple[str, ...]
 
 
@@ -52,6 +58,8 @@ def prepare(config: DictConfig) -> PackedSplits:
     Raises:
         DataError: data that cannot be used; one line with file, line and remedy.
     """
+    if get_method(config.data._target_) is load_packed:
+        return _prepare_packed(config)
     say("Reading documents")
     train, heldout = load_splits(config)
     say("Tokenising %s documents", f"{len(train) + len(heldout or ()):,}")
@@ -71,9 +79,73 @@ def prepare(config: DictConfig) -> PackedSplits:
         heldout=None if held is None else pack_dataset(held, plan=_plan(held, config)),
         heldout_documents=held,
         train_documents=tokens.dataset,
+        num_documents=plan.num_documents,
+        efficiency=plan.efficiency,
         plan=plan,
         notes=_notes(tokens, plan),
     )
+
+
+def _prepare_packed(config: DictConfig) -> PackedSplits:
+    """Rows that are packed already; their tokenizer must be the model's."""
+    load = instantiate(config.data)
+    manifest = read_manifest(load.keywords["path"])
+    if manifest.seq_len != config.packing.seq_len:
+        say("Rows of %s tokens, as they were packed", f"{manifest.seq_len:,}")
+        config.packing.seq_len = manifest.seq_len
+    chosen = config.tokenizer
+    if chosen.path is not None or is_pretrained(config.model.path, config.model.init):
+        tokenizer = choose_tokenizer(config, Dataset.from_dict({}))
+    else:  # a model that knows no words yet takes the rows' own tokenizer
+        tokenizer = load_tokenizer(manifest.tokenizer, chosen.chat_template)
+    rows = load(tokenizer=tokenizer).dataset
+    held = 0
+    if config.heldout.percent and config.heldout.path is None and config.heldout.split is None:
+        held = max(1, round(len(rows) * config.heldout.percent / 100))
+        if held >= len(rows):
+            raise DataError(
+                f"{config.data.path}: {len(rows)} row cannot be shared between training and held-out; go without "
+                "(heldout.percent=0)"
+            )
+    elif config.heldout.path is not None or config.heldout.split is not None:
+        raise DataError("packed rows hold out rows of their own (heldout.percent); leave heldout.path and split unset")
+    order = np.random.default_rng(config.seed).permutation(len(rows))
+    train, heldout = rows.select(np.sort(order[held:])), rows.select(np.sort(order[:held]))
+    tokens, documents = _count(train)
+    say("Read %s rows of %s documents; %s rows held out", f"{len(train):,}", f"{documents:,}", f"{held:,}")
+    return PackedSplits(
+        tokenizer=tokenizer,
+        train=train,
+        heldout=heldout if held else None,
+        heldout_documents=documents_of(heldout) if held else None,
+        train_documents=documents_of(train.select(range(min(64, len(train))))),
+        num_documents=documents,
+        efficiency=tokens / (len(train) * manifest.seq_len),
+        plan=None,
+        notes=tuple(
+            f"{count:,} documents {what}" for what, count in manifest.counts.items() if count and "read" not in what
+        ),
+    )
+
+
+def _count(rows: Dataset) -> tuple[int, int]:
+    """Tokens and documents of packed rows."""
+    tokens = documents = 0
+    for batch in rows.select_columns(["lengths"]).with_format("arrow").iter(1000):
+        sizes = batch["lengths"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        tokens, documents = tokens + int(sizes.sum()), documents + len(sizes)
+    return tokens, documents
+
+
+def documents_of(rows: Dataset) -> Dataset:
+    """The documents of packed rows, one by one again."""
+    out: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for row in rows.iter(1):
+        ends = np.cumsum(row["lengths"][0])
+        for start, end in zip(ends - row["lengths"][0], ends, strict=True):
+            for name, values in out.items():
+                values.append(row[name][0][start:end])
+    return Dataset.from_dict(out)
 
 
 def load_splits(config: DictConfig) -> tuple[Dataset, Dataset | None]:
@@ -175,6 +247,8 @@ class DocumentNames:
                 lengths = candidate["lengths"][0]
                 start = sum(lengths[:document])
                 text = self._data.tokenizer.decode(row[start : start + min(24, lengths[document])])
-                number = self._data.plan.document_indices[int(self._data.plan.row_offsets[index]) + document]
-                return f"training document {number} ({lengths[document]} tokens: {' '.join(str(text).split())!r} ...)"
+                plan = self._data.plan
+                number = document if plan is None else plan.document_indices[int(plan.row_offsets[index]) + document]
+                where = f"document {number} of training row {index}" if plan is None else f"training document {number}"
+                return f"{where} ({lengths[document]} tokens: {' '.join(str(text).split())!r} ...)"
         return f"document {document} of a row that is none of the training rows"

@@ -39,6 +39,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from packflex.integrations.lightning import NonFiniteLossError, NonFiniteLossGuard, SaveOnSignal
+from packflex.integrations.lightning.shapes import token_cost
 from packflex.models import SetupError, add_adapters
 from packflex.report import (
     RunSummary,
@@ -99,7 +100,9 @@ def finetune(config: DictConfig) -> RunSummary:
     module = make_module(model, instantiate(config.optimizer), instantiate(config.scheduler), **options)
     check_same_model(config.ckpt_path, module)
     pad = data.tokenizer.pad_token_id
-    rows = instantiate(config.datamodule)(data.train, data.heldout, pad_token_id=0 if pad is None else pad)
+    rows = instantiate(config.datamodule)(
+        data.train, data.heldout, pad_token_id=0 if pad is None else pad, token_cost=token_cost(model)
+    )
 
     resume: dict[str, Any] = {"ckpt_path": config.ckpt_path, "weights_only": True if config.ckpt_path else None}
     before = _heldout_loss(trainer, module, rows, **resume)
@@ -166,10 +169,10 @@ def _finish(
             files |= {"metrics": metrics, "loss curve": picture}
     summary = RunSummary(
         parameters=sum(p.numel() for p in model.parameters()),
-        documents=data.plan.num_documents,
+        documents=data.num_documents,
         rows=len(data.train),
         seq_len=config.packing.seq_len,
-        efficiency=data.plan.efficiency,
+        efficiency=data.efficiency,
         steps=losses[-1][0],
         tokens_per_second=typical_speed(out / "metrics.csv"),
         loss_start=losses[0][1],

@@ -206,7 +206,7 @@ def test_wrong_settings(settings, message, place, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("data=nothing", "Could not find 'data/nothing'; available options in 'data': chat gsm8k hub jsonl stdlib"),
+        ("data=nothing", "Could not find 'data/nothing'; available options in 'data': chat gsm8k hub jsonl packed"),
         ("nothing=1", "there is no setting nothing; --cfg job shows all of them (+nothing=1 adds one)"),
         ("trainer.max_step=1", "there is no setting trainer.max_step; "),
         ("data.path=[a", "data.path=[a cannot be read ("),
@@ -374,3 +374,73 @@ def test_pretraining_on_text_files(place, tmp_path):
     wrong = run(f"data.path={tmp_path}/nowhere", recipe="pretrain")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith(f"pretrain: error: {tmp_path}/nowhere: no such file or folder")
+
+
+def packed_rows(place, out):
+    command = [
+        sys.executable,
+        "-m",
+        "packflex",
+        "pack",
+        str(place / "train.jsonl"),
+        "--tokenizer",
+        str(place / "model"),
+    ]
+    done = subprocess.run(
+        [*command, "--output", str(out), "--seq-len", "64"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_rows_packed_before(place, tmp_path):
+    packed_rows(place, tmp_path / "packed")
+    settings = [
+        f"data.path={tmp_path}/packed",
+        f"model.path={place}/model",
+        "heldout.percent=10",
+        "packing.order=balanced",
+    ]
+    common = ["data=packed", "callbacks=quiet", "trainer.max_steps=6", "sample.max_new_tokens=4", "optimizer.lr=1e-2"]
+    summary = recipe.finetune(composed(tmp_path / "out", *common, *settings))
+    assert (summary.seq_len, summary.steps) == (64, 6)
+    assert summary.loss_end < summary.loss_start
+    assert summary.documents + summary.heldout_documents == 63
+    assert 0.75 < summary.efficiency <= 1
+    assert "documents read: 63, when they were packed" in summary.notes
+
+    other = train_tokenizer(["other words than those"] * 4, 280, tmp_path / "cache")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError) as error:
+        recipe.finetune(composed(tmp_path / "out2", *common, *settings, f"tokenizer.path={tmp_path}/other"))
+    assert f"packed with the tokenizer {place}/model, and {tmp_path}/other gives other ids" in one_line_of(error.value)
+
+
+def test_kill_9_and_resume_equal_a_run_that_was_never_killed(place, tmp_path):
+    """With workers that prefetch, balanced rows, in the middle of an epoch, and other workers afterwards."""
+    settings = small(
+        place, "trainer.max_steps=150", "callbacks.checkpoint.every_n_train_steps=7", "packing.order=balanced",
+        "logger.csv.flush_logs_every_n_steps=1", "packing.num_workers=2",
+    )  # fmt: skip
+    command = [sys.executable, str(ROOT / "recipes" / "finetune.py"), *map(str, settings)]
+    killed = subprocess.Popen(
+        [*command, f"hydra.run.dir={tmp_path}/killed"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (saved := list((tmp_path / "killed" / "checkpoints").glob("step-*.ckpt"))):
+        assert killed.poll() is None, killed.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model").exists(), "killed before its end"
+    (saved,) = (tmp_path / "killed" / "checkpoints").glob("step-*.ckpt")
+    step = int(saved.stem.split("-")[1])
+    assert 0 < step < 150
+    recipe.finetune(composed(tmp_path / "rest", *settings, "packing.num_workers=0", f"ckpt_path={saved}"))
+    recipe.finetune(composed(tmp_path / "whole", *settings, "packing.num_workers=0"))
+    whole, rest = (read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "rest"))
+    assert rest[0] == list(range(step, 150))
+    assert rest[1] == whole[1][step:], "bitwise"
+    before = read_metrics(tmp_path / "killed" / "metrics.csv", "train/loss")
+    assert before[1][:step] == whole[1][: len(before[1][:step])]

@@ -13,6 +13,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from packflex.data.errors import DataError, one_line
+from packflex.data.labels import IGNORED
 from packflex.data.tokenizer import tokenizer_name
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 Turns = Literal["all", "last"]
 # JSON schemas; Any and not dict, because a list of dicts is no list of "dict or callable" to a type checker
 Tools = list[Any] | None
-IGNORED = -100  # the label that Hugging Face losses leave out
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

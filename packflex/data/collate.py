@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from packflex.data.pack import IGNORED
+from packflex.data.labels import IGNORED
 from packflex.layout import PackedLayout
 
 

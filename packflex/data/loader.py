@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
+from packflex.data.labels import FILLER
 from packflex.packing.order import EpochOrder, balanced_order, row_costs, row_order
 
 logger = logging.getLogger(__name__)
 
 ORDERS = ("shuffle", "balanced", "sequential")
-_FILLER: Mapping[str, list[int]] = {"input_ids": [], "labels": [], "lengths": []}
 
 
 class PackedLoader:
@@ -99,10 +100,11 @@ class PackedLoader:
         self._begun = (self._consumed, self._delivered)
         self._started = True
         left = EpochOrder(self._epoch_rows(), self.batch_size, self.world_size, self._consumed)
-        if left.num_fillers and self.world_size > 1:
+        if left.num_fillers and self.rank == 0:
             logger.info(
-                "%d rows over %d ranks: the epoch's last step has %d rows without tokens, which count for nothing",
-                len(self.rows), self.world_size, left.num_fillers,
+                "%d rows, %d a step over %d ranks: the last step of epoch %d has %d rows without tokens, which count "
+                "for nothing",
+                len(self.rows), left.rows_per_step, self.world_size, self.epoch, left.num_fillers,
             )  # fmt: skip
         loader: DataLoader[Any] = DataLoader(
             _WithFillers(self.rows),
@@ -110,6 +112,7 @@ class PackedLoader:
             collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            generator=torch.Generator().manual_seed(self.seed),  # workers' seeds; the global one is left alone
         )
         for batch in loader:
             self._consumed = min(self._consumed + left.rows_per_step, len(self.rows))
@@ -172,11 +175,19 @@ class _WithFillers(Dataset[Any]):
         self.rows = rows
 
     def __getitem__(self, index: int) -> Any:
-        return _FILLER if index < 0 else self.rows[index]
+        return FILLER if index < 0 else self.rows[index]
 
 
 def _costs(rows: Any, token_cost: float) -> np.ndarray:
-    lengths = [np.asarray(row, dtype=np.int64) for row in rows["lengths"]]
-    tokens = np.array([row.sum() for row in lengths])
-    squares = np.array([(row * row).sum() for row in lengths])
-    return row_costs(tokens, squares, token_cost)
+    """Cost of each row; a `Dataset`'s lengths are read as Arrow, a million rows in well under a second."""
+    if hasattr(rows, "with_format"):
+        column = rows.select_columns(["lengths"]).with_format("arrow")[:]["lengths"]
+        lengths = column.combine_chunks() if hasattr(column, "combine_chunks") else column
+        sizes = lengths.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+        ends = np.concatenate([[0], np.cumsum(lengths.value_lengths().to_numpy(zero_copy_only=False))])
+    else:
+        of_rows = [np.asarray(row["lengths"], dtype=np.int64) for row in rows]
+        sizes = np.concatenate(of_rows)
+        ends = np.cumsum([0, *map(len, of_rows)])
+    tokens, squares = (np.concatenate([[0], np.cumsum(x)])[ends] for x in (sizes, sizes * sizes))
+    return row_costs(np.diff(tokens), np.diff(squares), token_cost)

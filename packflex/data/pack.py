@@ -16,12 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from packflex.data.labels import IGNORED, MASK_COLUMNS
 from packflex.packing import PackingPlan, plan_rows
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # the label that a loss passes over
-MASK_COLUMNS = ("loss_mask", "completion_mask", "assistant_masks")
 _TOKENS_AT_ONCE = 1 << 22
 
 

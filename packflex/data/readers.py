@@ -128,8 +128,8 @@ def _open(file: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(file)) if file.name.endswith(".gz") else file.open("rb")
 
 
-def read_parquet(file: Path, columns: Iterable[str]) -> Iterator[Record]:
-    """Records of a Parquet file with those of `columns` that it has; rows are named from 0.
+def read_parquet(file: Path, columns: Iterable[str], also: Iterable[str] = ()) -> Iterator[Record]:
+    """Records of a Parquet file with those of `columns` and `also` that it has; rows are named from 0.
 
     Raises:
         DataError: a file that is not Parquet or is empty.
@@ -142,11 +142,11 @@ def read_parquet(file: Path, columns: Iterable[str]) -> Iterator[Record]:
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a Parquet file ({one_line(error)}); check the file or its suffix") from error
     with reader:
-        chosen = _chosen(file, reader.schema_arrow.names, columns)
+        chosen = _chosen(file, reader.schema_arrow.names, columns, also)
         yield from _rows(file, reader.iter_batches(batch_size=_ROWS_AT_ONCE, columns=chosen))
 
 
-def read_arrow(file: Path, columns: Iterable[str]) -> Iterator[Record]:
+def read_arrow(file: Path, columns: Iterable[str], also: Iterable[str] = ()) -> Iterator[Record]:
     """Records of an Arrow file (file or stream form) or a folder made by `Dataset.save_to_disk`; rows from 0.
 
     Raises:
@@ -155,7 +155,7 @@ def read_arrow(file: Path, columns: Iterable[str]) -> Iterator[Record]:
     import pyarrow as pa
 
     if file.is_dir():
-        yield from _dataset_records(str(file), _load_from_disk(file), columns)
+        yield from _dataset_records(str(file), _load_from_disk(file), columns, also)
         return
     try:
         with pa.memory_map(str(file)) as source:
@@ -164,10 +164,12 @@ def read_arrow(file: Path, columns: Iterable[str]) -> Iterator[Record]:
             table = (pa.ipc.open_file(source) if is_file_form else pa.ipc.open_stream(source)).read_all()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: not an Arrow file ({one_line(error)}); check the file or its suffix") from error
-    yield from _rows(file, table.select(_chosen(file, table.column_names, columns)).to_batches(_ROWS_AT_ONCE))
+    yield from _rows(file, table.select(_chosen(file, table.column_names, columns, also)).to_batches(_ROWS_AT_ONCE))
 
 
-def read_hub(name: str, config: str | None, split: str, columns: Iterable[str]) -> Iterator[Record]:
+def read_hub(
+    name: str, config: str | None, split: str, columns: Iterable[str], also: Iterable[str] = ()
+) -> Iterator[Record]:
     """Records of a data set on the Hugging Face hub, through the cache of `datasets`; rows from 0.
 
     Raises:
@@ -188,7 +190,7 @@ def read_hub(name: str, config: str | None, split: str, columns: Iterable[str]) 
             f"{name}: the data set could not be loaded with config={config!r}, split={split!r} ({one_line(error)}); "
             "check the names on its page on the hub"
         ) from error
-    yield from _dataset_records(name, dataset, columns)
+    yield from _dataset_records(name, dataset, columns, also)
 
 
 def _load_from_disk(folder: Path) -> Dataset:
@@ -206,8 +208,8 @@ def _load_from_disk(folder: Path) -> Dataset:
     return loaded
 
 
-def _dataset_records(name: str, dataset: Dataset, columns: Iterable[str]) -> Iterator[Record]:
-    chosen = _chosen(name, dataset.column_names, columns)
+def _dataset_records(name: str, dataset: Dataset, columns: Iterable[str], also: Iterable[str]) -> Iterator[Record]:
+    chosen = _chosen(name, dataset.column_names, columns, also)
     number = 0
     for batch in dataset.select_columns(chosen).with_format(None).iter(batch_size=_ROWS_AT_ONCE):
         for row in zip(*(batch[column] for column in chosen), strict=True):
@@ -233,7 +235,7 @@ def _rows(file: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
         raise DataError(f"{file}: the file has no rows")
 
 
-def _chosen(name: str | Path, present: Sequence[str], wanted: Iterable[str]) -> list[str]:
+def _chosen(name: str | Path, present: Sequence[str], wanted: Iterable[str], also: Iterable[str]) -> list[str]:
     chosen = [column for column in dict.fromkeys(wanted) if column in present]
     if not chosen:
         raise DataError(
@@ -241,7 +243,7 @@ def _chosen(name: str | Path, present: Sequence[str], wanted: Iterable[str]) -> 
             f"{', '.join(map(repr, present)) or 'none'}: name yours with text_field, prompt_field and "
             "completion_field, or messages_field (--text-field, ... on the command line)"
         )
-    return chosen
+    return chosen + [column for column in also if column in present and column not in chosen]
 
 
 def _without_nulls(value: Any) -> Any:

@@ -29,9 +29,10 @@ class Fields:
     completion: str = "completion"
     messages: str = "messages"
     tools: str = "tools"
+    id: str = "id"
 
     def names(self) -> tuple[str, ...]:
-        """All names, in the order of their definition."""
+        """The names of what a document is made of, in the order of their definition."""
         return (self.text, self.prompt, self.completion, self.messages, self.tools)
 
 

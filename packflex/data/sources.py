@@ -12,7 +12,9 @@ Arrow (about the size of the text).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -33,9 +35,11 @@ from packflex.data.records import Fields, Format, detect_format, normalise
 from packflex.data.stdlib_corpus import Split, StdlibCorpus, read_stdlib
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 Kind = Literal["stdlib", "jsonl", "parquet", "arrow", "hub", "gsm8k", "chat"]
+OnDuplicate = Literal["error", "drop", "keep"]
 Paths = str | Path | Sequence[str | Path]
 
 _SUFFIXES: dict[str, tuple[str, ...]] = {
@@ -90,32 +94,98 @@ def load_documents(
         >>> load_documents("jsonl", "train.jsonl", prompt_field="question", completion_field="answer").column_names
         ['prompt', 'completion', 'source']
     """
+    return _to_dataset(
+        read_documents(
+            kind, path, format=format, text_field=text_field, prompt_field=prompt_field,
+            completion_field=completion_field, messages_field=messages_field, tools_field=tools_field, config=config,
+            split=split, heldout_percent=heldout_percent, limit=limit,
+        )
+    )  # fmt: skip
+
+
+def read_documents(
+    kind: Kind,
+    path: Paths | None = None,
+    *,
+    format: Format = "auto",
+    text_field: str = "text",
+    prompt_field: str = "prompt",
+    completion_field: str = "completion",
+    messages_field: str = "messages",
+    tools_field: str = "tools",
+    id_field: str = "id",
+    on_duplicate: OnDuplicate = "keep",
+    config: str | None = None,
+    split: str = "train",
+    heldout_percent: int = 5,
+    limit: int | None = None,
+) -> Iterator[dict[str, str]]:
+    """Documents of a source one by one, as `load_documents` has them in its rows: for more than fits into memory.
+
+    Args:
+        kind, path, format, text_field, prompt_field, completion_field, messages_field, tools_field, config, split,
+            heldout_percent, limit: as in `load_documents`.
+        id_field: what the field is called that names a record, if records have one.
+        on_duplicate: what to do with a record whose id came before: "error" names both, "drop" leaves it out, "keep"
+            does not look. An id that came before is known by 64 bits of its hash, some 90 bytes a record.
+
+    Raises:
+        DataError: anything wrong with the data, when it is reached; one line with file, line and remedy.
+        ValueError: an unknown kind, format or way with duplicates, or an argument out of range.
+    """
+    if on_duplicate not in get_args(OnDuplicate):
+        raise ValueError(f"on_duplicate must be one of {', '.join(get_args(OnDuplicate))}; got {on_duplicate!r}")
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}; got {kind!r}")
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {', '.join(get_args(Format))}; got {format!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, or None for all records; got {limit}")
-    fields = Fields(text_field, prompt_field, completion_field, messages_field, tools_field)
+    fields = Fields(text_field, prompt_field, completion_field, messages_field, tools_field, id_field)
     if kind == "stdlib":
-        return _to_dataset(islice(_stdlib_records(split, heldout_percent), limit), "prompt", Fields())
+        return _normalised(islice(_stdlib_records(split, heldout_percent), limit), "prompt", Fields())
     if kind == "gsm8k":
-        return _to_dataset(islice(_gsm8k_records(path, split), limit), "prompt", Fields())
+        return _normalised(islice(_gsm8k_records(path, split), limit), "prompt", Fields())
     if kind == "chat":
         kind, format = guess_kind(path), "messages"
-    records: Iterable[Record]
-    if kind == "hub":
-        if not isinstance(path, str):
-            raise DataError(f"a hub data set is named by one id such as openai/gsm8k; got path={path!r}")
-        records = read_hub(path, config, split, fields.names())
-    else:
-        records = chain.from_iterable(_READERS[kind](file, fields) for file in _files(kind, path))
-    iterator = iter(records)
+    if kind == "hub" and not isinstance(path, str):
+        raise DataError(f"a hub data set is named by one id such as openai/gsm8k; got path={path!r}")
+
+    def records() -> Iterator[Record]:
+        if kind == "hub":
+            return read_hub(str(path), config, split, fields.names(), (fields.id,))
+        return chain.from_iterable(_READERS[kind](file, fields) for file in _files(kind, path))
+
+    iterator = records() if on_duplicate == "keep" else _distinct(records, fields.id, on_duplicate)
     first = next(iterator, None)
     if first is None:
         raise DataError(f"{path}: holds no record")  # each reader says so itself, with the file's name
     found = detect_format(first, fields) if format == "auto" else format
-    return _to_dataset(islice(chain([first], iterator), limit), found, fields)
+    return _normalised(islice(chain([first], iterator), limit), found, fields)
+
+
+def _distinct(records: Callable[[], Iterator[Record]], field: str, on_duplicate: str) -> Iterator[Record]:
+    """Records whose id did not come before; a record without one is distinct."""
+    seen: set[int] = set()
+    for record in records():
+        if (value := record.values.get(field)) is not None:
+            key = _hash_of(value)
+            if key in seen:
+                if on_duplicate == "drop":
+                    continue
+                earlier = next(r.source for r in records() if r.values.get(field) == value)
+                raise DataError(
+                    f"{record.source}: {field!r} is {value!r}, as in {earlier}; remove one, keep the first with "
+                    "on_duplicate='drop' or both with 'keep' (--on-duplicate), or name another field with id_field "
+                    "(--id-field)"
+                )
+            seen.add(key)
+        yield record
+
+
+def _hash_of(value: Any) -> int:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def guess_kind(path: Paths | None) -> Kind:
@@ -168,11 +238,11 @@ def _jsonl(file: Path, _fields: Fields) -> Iterator[Record]:
 
 
 def _parquet(file: Path, fields: Fields) -> Iterator[Record]:
-    return read_parquet(file, fields.names())
+    return read_parquet(file, fields.names(), (fields.id,))
 
 
 def _arrow(file: Path, fields: Fields) -> Iterator[Record]:
-    return read_arrow(file, fields.names())
+    return read_arrow(file, fields.names(), (fields.id,))
 
 
 _READERS = {"jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow}
@@ -210,18 +280,31 @@ def _gsm8k_records(path: Paths | None, split: str) -> Iterator[Record]:
         yield Record(record.source, {"prompt": prompt, "completion": values["completion"]})
 
 
-def _to_dataset(records: Iterable[Record], format: str, fields: Fields) -> Dataset:
+def _normalised(records: Iterable[Record], format: str, fields: Fields) -> Iterator[dict[str, str]]:
+    return ({**normalise(record, format, fields), "source": record.source} for record in records)
+
+
+def _to_dataset(rows: Iterator[dict[str, str]]) -> Dataset:
     import pyarrow as pa  # here and not above: naming a kind of source must not cost the second that these take
     from datasets import Dataset
 
-    rows = ({**normalise(record, format, fields), "source": record.source} for record in records)
     tables = []
     while chunk := list(islice(rows, _CHUNK_ROWS)):
-        columns = {name: _string_column([row[name] for row in chunk], name, chunk) for name in chunk[0]}
-        tables.append(pa.table(columns))
+        tables.append(table_of(chunk))
     if not tables:
         raise DataError("this split holds no document; choose another split or a larger heldout_percent")
     return Dataset(pa.concat_tables(tables))
+
+
+def table_of(rows: list[dict[str, str]]) -> pa.Table:
+    """Documents of `read_documents` as an Arrow table.
+
+    Raises:
+        DataError: text that no encoding allows, with its source.
+    """
+    import pyarrow as pa
+
+    return pa.table({name: _string_column([row[name] for row in rows], name, rows) for name in rows[0]})
 
 
 def _string_column(values: list[str], name: str, rows: list[dict[str, str]]) -> Any:

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from packflex.data.chat import IGNORED, ChatEncoder, Turns
+from packflex.data.chat import ChatEncoder, Turns
 from packflex.data.encoding import TextEncoder
 from packflex.data.errors import DataError
+from packflex.data.labels import IGNORED
 from packflex.data.records import check_messages
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ def tokenize_documents(
         raise ValueError(f"num_proc must be at least 1, or None for no worker; got {num_proc}")
     if not len(documents):
         raise DataError("there is no document to tokenise: the data set is empty")
-    encode = _Encode(
-        tokenizer, _form(documents.column_names), train_on_prompt, turns, max_length, on_unsupervised == "drop"
+    encode = DocumentEncoder(
+        tokenizer, form_of(documents.column_names), train_on_prompt, turns, max_length, on_unsupervised == "drop"
     )
     ids = datasets.List(datasets.Value("int32"))
     mapped = documents.map(
@@ -126,7 +127,12 @@ def tokenize_documents(
     )
 
 
-def _form(columns: list[str]) -> str:
+def form_of(columns: list[str]) -> str:
+    """ "messages", "prompt" or "text", by the columns that documents have.
+
+    Raises:
+        DataError: columns that no document is made of.
+    """
     if "messages" in columns:
         return "messages"
     if "prompt" in columns and "completion" in columns:
@@ -149,8 +155,12 @@ def _count(dataset: Dataset) -> tuple[int, int]:
 
 
 @dataclass
-class _Encode:
-    """What `Dataset.map` calls on each batch; picklable, so that worker processes can have it."""
+class DocumentEncoder:
+    """Batches of raw documents to lists of `input_ids`, `labels`, `source` and `cut` (tokens past `max_length`).
+
+    What `Dataset.map` calls on each batch; picklable, so that worker processes can have it. Arguments and errors as in
+    `tokenize_documents`.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     form: str
@@ -164,6 +174,7 @@ class _Encode:
         self.chat = ChatEncoder(self.encoder, self.turns) if self.form == "messages" else None
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """Tokens of the documents of a batch; those without supervision are left out where that is wanted."""
         sources = batch["source"] if "source" in batch else [f"document {i}" for i in indices]
         out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "source": [], "cut": []}
         for source, (ids, labels) in zip(sources, self._pairs(batch, sources), strict=True):

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,6 +20,7 @@ from packflex.data.errors import DataError, one_line
 from packflex.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint, tokenizer_name
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +28,8 @@ FileFormat = Literal["parquet", "arrow"]
 MANIFEST_NAME = "manifest.json"
 # Raise it when an older reader would misread what is written.
 MANIFEST_VERSION = 1
+# Raise it when the same documents and options give other rows: it is part of every fingerprint.
+ROWS_SCHEMA_VERSION = 1
 _COLUMNS = ("input_ids", "labels", "lengths")
 _SHARD_BYTES = 512 * 2**20  # of Arrow memory
 _ROWS_AT_ONCE = 256
@@ -39,6 +42,7 @@ class PackedManifest:
     Attributes:
         manifest_version: of this record; a reader refuses a later one.
         packflex_version: that wrote it.
+        fingerprint: SHA-256 of everything that the rows follow from, see `pack_fingerprint`.
         file_format: "parquet" or "arrow".
         files: bytes of each shard by name, in order.
         rows, documents, tokens, supervised_tokens: what the shards hold; documents count pieces where one was split.
@@ -51,11 +55,13 @@ class PackedManifest:
         tokenizer: its name.
         tokenizer_fingerprint: see `packflex.data.tokenizer.tokenizer_fingerprint`.
         chat_template_fingerprint: of the template that wrote conversations, else None.
+        options: how documents became tokens (train_on_prompt, turns, max_length, on_unsupervised).
         counts: what happened to documents on the way (read, dropped, truncated, split, ...).
     """
 
     manifest_version: int
     packflex_version: str
+    fingerprint: str
     file_format: str
     files: dict[str, int]
     rows: int
@@ -73,6 +79,7 @@ class PackedManifest:
     tokenizer: str
     tokenizer_fingerprint: str
     chat_template_fingerprint: str | None
+    options: dict[str, Any]
     counts: dict[str, int]
 
 
@@ -96,6 +103,7 @@ def write_packed(
     sources: list[str],
     source_fingerprint: str,
     document_format: str,
+    options: Mapping[str, Any] | None = None,
     counts: Mapping[str, int] | None = None,
     file_format: FileFormat = "parquet",
     overwrite: bool = False,
@@ -106,7 +114,8 @@ def write_packed(
         packed: columns input_ids, labels and lengths, as `pack_dataset` makes them; others are left out.
         output: the folder; its parent is made when missing.
         tokenizer: that made the ids.
-        seq_len, strategy, overflow, seed, sources, source_fingerprint, document_format, counts: for the manifest.
+        seq_len, strategy, overflow, seed, sources, source_fingerprint, document_format, options, counts: for the
+            manifest.
         file_format: "parquet" (smaller) or "arrow" (read in place, without a copy).
         overwrite: replace a packed data set that is there.
 
@@ -127,6 +136,7 @@ def write_packed(
     if not len(packed):
         raise DataError("there is no packed row to write; pack at least one document")
     report = summarise(packed, seq_len)
+    template = chat_template_fingerprint(tokenizer) if document_format == "messages" else None
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
     try:
@@ -134,6 +144,16 @@ def write_packed(
         manifest = PackedManifest(
             manifest_version=MANIFEST_VERSION,
             packflex_version=packflex.__version__,
+            fingerprint=pack_fingerprint(
+                source=source_fingerprint,
+                tokenizer=tokenizer_fingerprint(tokenizer),
+                chat_template=template,
+                options=dict(options or {}),
+                seq_len=seq_len,
+                strategy=strategy,
+                overflow=overflow,
+                seed=seed,
+            ),
             file_format=file_format,
             files=files,
             rows=report.rows,
@@ -150,13 +170,14 @@ def write_packed(
             document_format=document_format,
             tokenizer=tokenizer_name(tokenizer),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            chat_template_fingerprint=chat_template_fingerprint(tokenizer) if document_format == "messages" else None,
+            chat_template_fingerprint=template,
+            options=dict(options or {}),
             counts=dict(counts or {}),
         )
         # Last: a folder without it is half-written.
         (aside / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
         os.chmod(aside, 0o755)  # mkdtemp keeps others out
-        _move_into_place(aside, folder)
+        move_into_place(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifest
@@ -263,19 +284,68 @@ def load_packed(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = No
     return PackedData(dataset, manifest)
 
 
+class DocumentsDigest:
+    """SHA-256 of raw documents as they come: their columns and texts in order, without where they were read from.
+
+    Args:
+        columns: of the documents, `source` not among them.
+    """
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._columns = list(columns)
+        self._whole = hashlib.sha256(json.dumps(self._columns).encode())
+
+    def update(self, documents: Iterable[Mapping[str, Any]]) -> str:
+        """Add documents; the digest of these alone."""
+        part = hashlib.sha256(json.dumps(self._columns).encode())
+        for document in documents:
+            text = json.dumps([document[column] for column in self._columns]).encode()
+            for digest in (self._whole, part):
+                digest.update(len(text).to_bytes(8, "little"))
+                digest.update(text)
+        return part.hexdigest()
+
+    def hexdigest(self) -> str:
+        """The digest of all documents so far."""
+        return self._whole.hexdigest()
+
+
 def documents_fingerprint(documents: Dataset) -> str:
-    """SHA-256 of raw documents: their columns and texts in order, without where they were read from."""
+    """SHA-256 of raw documents; see `DocumentsDigest`."""
     columns = [name for name in documents.column_names if name != "source"]
-    digest = hashlib.sha256(json.dumps(columns).encode())
+    digest = DocumentsDigest(columns)
     for batch in documents.select_columns(columns).iter(batch_size=_ROWS_AT_ONCE):
-        for row in zip(*(batch[column] for column in columns), strict=True):
-            text = json.dumps(row).encode()
-            digest.update(len(text).to_bytes(8, "little"))
-            digest.update(text)
+        digest.update(
+            dict(zip(columns, row, strict=True)) for row in zip(*(batch[column] for column in columns), strict=True)
+        )
     return digest.hexdigest()
 
 
-def _move_into_place(aside: Path, folder: Path) -> None:
+def pack_fingerprint(
+    *,
+    source: str,
+    tokenizer: str,
+    chat_template: str | None,
+    options: Mapping[str, Any],
+    seq_len: int,
+    strategy: str,
+    overflow: str,
+    seed: int | None,
+) -> str:
+    """SHA-256 of everything that packed rows follow from: change one, and it is another data set.
+
+    Args:
+        source: fingerprint of the raw documents.
+        tokenizer, chat_template: their fingerprints; None for documents that need no template.
+        options: how documents became tokens.
+        seq_len, strategy, overflow, seed: how tokens became rows.
+    """
+    parts = [ROWS_SCHEMA_VERSION, source, tokenizer, chat_template, dict(options), seq_len, strategy, overflow, seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def move_into_place(aside: Path, folder: Path) -> None:
+    """Give a finished folder its name, in place of a data set that is there."""
     if folder.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
         os.rename(folder, old / folder.name)
@@ -285,24 +355,32 @@ def _move_into_place(aside: Path, folder: Path) -> None:
         os.rename(aside, folder)
 
 
-def _write_shards(packed: Dataset, folder: Path, file_format: FileFormat) -> dict[str, int]:
+def shard_writer(path: Path, file_format: FileFormat) -> Any:
+    """A context manager whose `write_table` writes rows (input_ids, labels, lengths: lists of int32) to one file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    integers = pa.list_(pa.int32())
-    schema = pa.schema([(name, integers) for name in _COLUMNS])
+    schema = rows_schema()
+    if file_format == "parquet":
+        return pq.ParquetWriter(path, schema, compression="zstd")
+    return pa.ipc.new_stream(str(path), schema)
+
+
+def rows_schema() -> pa.Schema:
+    """Arrow schema of packed rows."""
+    import pyarrow as pa
+
+    return pa.schema([(name, pa.list_(pa.int32())) for name in _COLUMNS])
+
+
+def _write_shards(packed: Dataset, folder: Path, file_format: FileFormat) -> dict[str, int]:
     count = min(len(packed), max(1, -(-packed.data.nbytes // _SHARD_BYTES)))
     files: dict[str, int] = {}
     for index in range(count):
         path = folder / f"data-{index:05d}-of-{count:05d}.{file_format}"
         shard = packed.shard(count, index, contiguous=True).with_format("arrow")
-        writer: Any = (
-            pq.ParquetWriter(path, schema, compression="zstd")
-            if file_format == "parquet"
-            else pa.ipc.new_stream(str(path), schema)
-        )
-        with writer:
+        with shard_writer(path, file_format) as writer:
             for batch in shard.iter(batch_size=_ROWS_AT_ONCE):
-                writer.write_table(batch.cast(schema))
+                writer.write_table(batch.cast(rows_schema()))
         files[path.name] = path.stat().st_size
     return files

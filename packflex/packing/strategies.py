@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from packflex.packing.length_set import LengthSet
 from packflex.packing.plan import PackingPlan
 
 OVERFLOWS = ("split", "truncate", "drop", "error")
@@ -86,7 +87,7 @@ def best_fit_patterns(counts: Any, seq_len: int) -> tuple[list[np.ndarray], np.n
     if min(left) < 0:
         at = left.index(min(left))
         raise ValueError(f"counts must not be negative; got {left[at]} of length {at}")
-    present = _LengthSet(seq_len, [length for length, count in enumerate(left) if count])
+    present = LengthSet(seq_len, [length for length, count in enumerate(left) if count])
     rows: list[np.ndarray] = []
     repeats: list[int] = []
     while present.bits:
@@ -102,7 +103,7 @@ def best_fit_patterns(counts: Any, seq_len: int) -> tuple[list[np.ndarray], np.n
     return rows, np.array(repeats, dtype=np.int64)
 
 
-def _fill_row(present: _LengthSet, left: list[int]) -> dict[int, int]:
+def _fill_row(present: LengthSet, left: list[int]) -> dict[int, int]:
     """Lengths of one row and how often it takes each, of `left[n]` pieces of length n."""
     room, free, pattern = present.seq_len, present.copy(), {}
     while room and (length := free.longest(room)):
@@ -116,7 +117,7 @@ def _fill_row(present: _LengthSet, left: list[int]) -> dict[int, int]:
     return pattern
 
 
-def _close_row(pattern: dict[int, int], room: int, free: _LengthSet, left: list[int]) -> None:
+def _close_row(pattern: dict[int, int], room: int, free: LengthSet, left: list[int]) -> None:
     """Put two lengths that fill the row exactly in place of as few of its last ones as will do."""
     taken = dict(pattern)
     for _ in range(_GIVE_WAY):
@@ -135,44 +136,6 @@ def _close_row(pattern: dict[int, int], room: int, free: _LengthSet, left: list[
             pattern.clear()
             pattern.update(taken)
             return
-
-
-class _LengthSet:
-    """A set of lengths as the bits of an integer, and mirrored, so that one AND finds all pairs with a given sum."""
-
-    def __init__(self, seq_len: int, lengths: list[int]) -> None:
-        self.seq_len, self.bits, self.mirrored = seq_len, 0, 0
-        for length in lengths:
-            self.add(length)
-
-    def copy(self) -> _LengthSet:
-        """The same lengths, to be changed apart."""
-        other = _LengthSet(self.seq_len, [])
-        other.bits, other.mirrored = self.bits, self.mirrored
-        return other
-
-    def add(self, length: int) -> None:
-        """Put `length` in."""
-        self.bits |= 1 << length
-        self.mirrored |= 1 << (self.seq_len - length)
-
-    def remove(self, length: int) -> None:
-        """Take out a length that is in."""
-        self.bits ^= 1 << length
-        self.mirrored ^= 1 << (self.seq_len - length)
-
-    def longest(self, room: int) -> int:
-        """The longest length of at most `room`, 0 when there is none."""
-        return max(0, (self.bits & ((1 << (room + 1)) - 1)).bit_length() - 1)
-
-    def pair(self, total: int, has_two: Callable[[int], bool]) -> tuple[int, int] | None:
-        """Two lengths that add up to `total`, the most alike ones: the shortest are kept for the ends of other rows."""
-        # bit n of the shifted mirror: `total - n` is in
-        pairs = self.bits & (self.mirrored >> (self.seq_len - total)) & ((1 << (total // 2 + 1)) - 1)
-        if total % 2 == 0 and pairs >> (total // 2) and not has_two(total // 2):
-            pairs ^= 1 << (total // 2)
-        shorter = pairs.bit_length() - 1
-        return (total - shorter, shorter) if shorter > 0 else None
 
 
 def next_fit(lengths: Any, seq_len: int, *, overflow: str = "split", seed: int | None = 0) -> PackingPlan:

@@ -67,6 +67,7 @@ def test_what_is_written_is_read(tmp_path, tokenizer, monkeypatch, file_format, 
 def test_manifest_says_how_it_was_made(tmp_path, tokenizer):
     manifest = asdict(write_rows(tmp_path / "deep" / "out", tokenizer))
     assert manifest.pop("files").keys() == {"data-00000-of-00001.parquet"}
+    assert len(manifest.pop("fingerprint")) == 64
     assert manifest == {
         "manifest_version": 1,
         "packflex_version": packflex.__version__,
@@ -86,6 +87,7 @@ def test_manifest_says_how_it_was_made(tmp_path, tokenizer):
         "tokenizer": tokenizer.name_or_path,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "chat_template_fingerprint": None,
+        "options": {},
         "counts": {"read": 60},
     }
 

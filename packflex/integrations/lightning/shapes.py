@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
-from packflex.metrics import AttentionShape
+from packflex.metrics import AttentionShape, matmul_parameters
 
 
 def attention_shape(model: PreTrainedModel) -> AttentionShape | None:
@@ -28,3 +30,19 @@ def attention_shape(model: PreTrainedModel) -> AttentionShape | None:
     else:
         windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return AttentionShape(windows, heads * head_dim)
+
+
+def token_cost(model: Any) -> float:
+    """Work of a token outside attention over that of a pair inside it, for `packflex.packing.row_costs`.
+
+    6 FLOPs a weight and token against 12 * L * d / 2 a causal pair of a document, that is N / (L * d). 0, which
+    balances attention alone, where the model's shape cannot be told.
+
+    Args:
+        model: a transformers model, or one wrapped by peft.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    shape = attention_shape(inner)
+    if shape is None:
+        return 0.0
+    return matmul_parameters(inner) / (len(shape.windows) * shape.width)

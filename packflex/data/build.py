@@ -1,0 +1,515 @@
+"""`build_packed`: from any number of raw documents to a packed data set on disk, in bounded memory, restartable.
+
+Four steps over files of a work folder `.NAME.packing` beside the output:
+
+    read       documents in chunks of some thousands       text-00007.arrow     one process, order and fingerprint
+    tokenise   each chunk by itself                        tokens-00007.arrow   any number of processes or nodes
+    plan       all rows at once, from lengths alone        plan-*.npy           one process
+    write      each shard of rows by itself                rows/data-*.parquet  any number of processes or nodes
+
+Every file appears whole or not at all and says what it was made from, so a run that was killed goes on where it
+stopped: documents are read again (that also finds a changed input), chunks and shards that are there are kept. The
+output folder appears last, by one rename. Memory holds one chunk and one block of rows for each process, and about 100
+bytes a document for the plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from packflex.data.chat import Turns
+from packflex.data.engines import Counts, Engine, LocalEngine
+from packflex.data.errors import DataError, one_line
+from packflex.data.files import only_writer, written_whole
+from packflex.data.labels import IGNORED
+from packflex.data.sources import table_of
+from packflex.data.tokenize import DocumentEncoder, OnUnsupervised, form_of
+from packflex.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint, tokenizer_name
+from packflex.data.write import (
+    MANIFEST_NAME,
+    MANIFEST_VERSION,
+    ROWS_SCHEMA_VERSION,
+    DocumentsDigest,
+    FileFormat,
+    PackedManifest,
+    check_output,
+    move_into_place,
+    pack_fingerprint,
+    shard_writer,
+)
+from packflex.packing import plan_rows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+    from packflex.packing import PackingPlan
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_DOCUMENTS = 10_000
+_CHUNK_CHARACTERS = 32_000_000
+_SHARD_TOKENS = 64 * 2**20  # of a file of rows: 512 MiB of ids and labels
+_BLOCK_TOKENS = 2 * 2**20  # gathered at a time
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """How documents become tokens; see `packflex.data.tokenize.tokenize_documents`."""
+
+    train_on_prompt: bool = False
+    turns: Turns = "all"
+    max_length: int | None = None
+    on_unsupervised: OnUnsupervised = "error"
+
+
+def build_packed(
+    documents: Iterable[Mapping[str, str]],
+    output: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int = 8192,
+    strategy: str = "best_fit",
+    overflow: str = "split",
+    seed: int = 0,
+    tokenize: TokenizeOptions | None = None,
+    sources: Iterable[str] = (),
+    file_format: FileFormat = "parquet",
+    overwrite: bool = False,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> PackedManifest:
+    """Tokenise, pack and write documents.
+
+    Args:
+        documents: as `packflex.data.sources.read_documents` gives them.
+        output: the folder to make.
+        tokenizer: with a chat template for conversations.
+        seq_len, strategy, overflow, seed: as in `packflex.pack_dataset`.
+        tokenize: how documents become tokens.
+        sources: what to call the inputs in the manifest.
+        file_format: "parquet" or "arrow".
+        overwrite: replace a packed data set that is there.
+        engine: where tokenising and writing run; this process by default.
+        progress: called with the step's name, what is done, and how much there is (None while it is not known).
+
+    Returns:
+        The manifest as written. The same documents, tokenizer and options give the same rows and the same
+        `fingerprint`, whatever the engine, and however often the run was cut short.
+
+    Raises:
+        DataError: what is wrong with the documents, the disk or the output, in one line with its remedy.
+        ValueError: packing arguments out of range.
+    """
+    folder = Path(output).expanduser()
+    check_output(folder, overwrite)
+    plan_rows([1], seq_len, strategy, overflow=overflow, seed=seed)  # checks the arguments before the long work
+    options = tokenize or TokenizeOptions()
+    work = folder.parent / f".{folder.name}.packing"
+    engine = engine or LocalEngine()
+    report = progress or (lambda step, done, total: None)
+    with only_writer(work):
+        run = _Run(work, tokenizer, options, engine, report)
+        try:
+            run.read(documents)
+            run.tokenise()
+            plan = run.plan(seq_len, strategy, overflow, seed)
+            fingerprint = run.fingerprint(plan)
+            files, counts = run.write(plan, fingerprint, file_format)
+            manifest = run.manifest(plan, fingerprint, files, counts, sources, file_format)
+            with written_whole(run.rows / MANIFEST_NAME) as path:
+                path.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+            move_into_place(run.rows, folder)
+        except BaseException:
+            run.leave()
+            raise
+        shutil.rmtree(work)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Tokenising:
+    """What a process needs to tokenise chunks."""
+
+    work: Path
+    encode: DocumentEncoder
+    settings: str
+
+    def tokens(self, number: int) -> Path:
+        return self.work / f"tokens-{number:06d}.arrow"
+
+    def text(self, number: int) -> Path:
+        return self.work / f"text-{number:06d}.arrow"
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """What a process needs to write shards of rows."""
+
+    work: Path
+    rows: Path
+    names: tuple[str, ...]
+    bounds: tuple[int, ...]  # rows of each shard
+    fingerprint: str
+    file_format: FileFormat
+    rows_at_once: int
+
+    def sidecar(self, number: int) -> Path:
+        return self.work / f"rows-{number:05d}.json"
+
+
+class _Run:
+    """The steps of one run over its work folder."""
+
+    def __init__(
+        self,
+        work: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        options: TokenizeOptions,
+        engine: Engine,
+        report: Progress,
+    ) -> None:
+        self.work, self.rows = work, work / "rows"
+        self.tokenizer, self.options, self.engine, self.report = tokenizer, options, engine, report
+        self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+        self.form = ""
+        self.chunk_sizes: list[int] = []
+        self.source_fingerprint = ""
+        self.kept = 0
+
+    def read(self, documents: Iterable[Mapping[str, str]]) -> None:
+        """Write each chunk's text, unless its tokens are there already."""
+        digest: DocumentsDigest | None = None
+        todo: list[int] = []
+        for number, chunk in enumerate(_chunks(documents)):
+            if digest is None:
+                columns = [name for name in chunk[0] if name != "source"]
+                self.form, digest = form_of(columns), DocumentsDigest(columns)
+                self._prepare()
+            chunk_digest = digest.update(chunk)
+            if self._is_done(number, chunk_digest):
+                self.kept += 1
+            else:
+                table = table_of([dict(row) for row in chunk]).replace_schema_metadata({"digest": chunk_digest})
+                _write_arrow(table, self.jobs.text(number))
+                todo.append(number)
+            self.chunk_sizes.append(len(chunk))
+            self.report("reading", sum(self.chunk_sizes), None)
+        if digest is None:
+            raise DataError("there is no document to pack: the input is empty")
+        if self.kept:
+            logger.info("%d chunks of documents were tokenised by an earlier run and are kept", self.kept)
+        self.todo, self.source_fingerprint = todo, digest.hexdigest()
+        self.digest = digest
+
+    def _prepare(self) -> None:
+        encode = DocumentEncoder(
+            self.tokenizer,
+            self.form,
+            self.options.train_on_prompt,
+            self.options.turns,
+            self.options.max_length,
+            self.options.on_unsupervised == "drop",
+        )
+        self.template = chat_template_fingerprint(self.tokenizer) if self.form == "messages" else None
+        # what a chunk's tokens follow from besides its text
+        settings = [ROWS_SCHEMA_VERSION, self.form, self.tokenizer_fingerprint, self.template, asdict(self.options)]
+        self.jobs = _Tokenising(self.work, encode, hashlib.sha256(json.dumps(settings).encode()).hexdigest())
+
+    def _is_done(self, number: int, digest: str) -> bool:
+        path = self.jobs.tokens(number)
+        return path.is_file() and _metadata(path).get("key") == _key(self.jobs.settings, digest)
+
+    def tokenise(self) -> None:
+        """Make the chunks' tokens that are missing."""
+        done, total = 0, sum(self.chunk_sizes)
+        done = total - sum(self.chunk_sizes[number] for number in self.todo)
+        self.report("tokenising", done, total)
+        for counts in self.engine.run(_tokenise_chunk, self.jobs, self.todo):
+            done += counts["read"]
+            self.report("tokenising", done, total)
+        # an earlier run may have had more documents
+        for path in self.work.glob("tokens-*.arrow"):
+            if int(path.stem.split("-")[1]) >= len(self.chunk_sizes):
+                path.unlink()
+
+    def plan(self, seq_len: int, strategy: str, overflow: str, seed: int) -> PackingPlan:
+        """Plan all rows from the lengths of the chunks' documents, and save what the shards are written from."""
+        self.counts: dict[str, int] = {}
+        lengths = []
+        for number in range(len(self.chunk_sizes)):
+            meta = _metadata(self.jobs.tokens(number))
+            for name, count in json.loads(meta["counts"]).items():
+                self.counts[name] = self.counts.get(name, 0) + count
+            lengths.append(_read_lengths(self.jobs.tokens(number)))
+        starts = np.cumsum([0, *map(len, lengths)])
+        if not starts[-1]:
+            raise DataError(
+                f"none of {self.counts['read']} documents has a supervised token, so all were dropped; check the "
+                f"fields and max_length={self.options.max_length}"
+            )
+        plan = plan_rows(np.concatenate(lengths), seq_len, strategy, overflow=overflow, seed=seed)
+        del lengths
+        if not plan.num_rows:
+            raise DataError(
+                f"all {plan.num_dropped} documents are longer than --seq-len {seq_len} and --overflow drop leaves "
+                "none; raise --seq-len, or choose --overflow split"
+            )
+        arrays = {"starts": starts, **{name: getattr(plan, name) for name in _PLAN_ARRAYS}}
+        for name, array in arrays.items():
+            with written_whole(self.work / f"plan-{name}.npy") as path, path.open("wb") as file:
+                np.save(file, array)
+        self.report("planning", plan.num_rows, plan.num_rows)
+        return plan
+
+    def fingerprint(self, plan: PackingPlan) -> str:
+        """Of everything that the rows follow from."""
+        return pack_fingerprint(
+            source=self.source_fingerprint,
+            tokenizer=self.tokenizer_fingerprint,
+            chat_template=self.template,
+            options=asdict(self.options),
+            seq_len=plan.seq_len,
+            strategy=plan.strategy,
+            overflow=plan.overflow,
+            seed=plan.seed,
+        )
+
+    def write(self, plan: PackingPlan, fingerprint: str, file_format: FileFormat) -> tuple[dict[str, int], Counts]:
+        """Write the shards that are missing; bytes of each file, and what they hold together."""
+        self.rows.mkdir(exist_ok=True)
+        count = max(1, min(plan.num_rows, -(-plan.num_tokens // _SHARD_TOKENS)))
+        names = tuple(f"data-{index:05d}-of-{count:05d}.{file_format}" for index in range(count))
+        bounds = tuple(index * plan.num_rows // count for index in range(count + 1))
+        jobs = _Writing(
+            self.work, self.rows, names, bounds, fingerprint, file_format,
+            max(1, _BLOCK_TOKENS // plan.seq_len),
+        )  # fmt: skip
+        for path in self.rows.iterdir():  # of an earlier run with other settings
+            if path.name not in names:
+                path.unlink()
+        todo = [number for number in range(count) if not _is_written(jobs, number)]
+        if len(todo) < count:
+            logger.info("%d shards of rows were written by an earlier run and are kept", count - len(todo))
+        done = count - len(todo)
+        self.report("writing", done, count)
+        for _ in self.engine.run(_write_shard, jobs, todo):
+            done += 1
+            self.report("writing", done, count)
+        sidecars = [json.loads(jobs.sidecar(number).read_text()) for number in range(count)]
+        totals = {name: sum(s["counts"][name] for s in sidecars) for name in sidecars[0]["counts"]}
+        return {name: s["bytes"] for name, s in zip(names, sidecars, strict=True)}, totals
+
+    def manifest(
+        self,
+        plan: PackingPlan,
+        fingerprint: str,
+        files: dict[str, int],
+        totals: Counts,
+        sources: Iterable[str],
+        file_format: FileFormat,
+    ) -> PackedManifest:
+        """The manifest, from what was counted while writing."""
+        import packflex
+
+        assert totals["tokens"] == plan.num_tokens, "every token of the plan is written"
+        return PackedManifest(
+            manifest_version=MANIFEST_VERSION,
+            packflex_version=packflex.__version__,
+            fingerprint=fingerprint,
+            file_format=file_format,
+            files=files,
+            rows=plan.num_rows,
+            documents=totals["documents"],
+            tokens=totals["tokens"],
+            supervised_tokens=totals["supervised"],
+            seq_len=plan.seq_len,
+            efficiency=plan.efficiency,
+            strategy=plan.strategy,
+            overflow=plan.overflow,
+            seed=-1 if plan.seed is None else plan.seed,
+            sources=list(sources),
+            source_fingerprint=self.source_fingerprint,
+            document_format=self.form,
+            tokenizer=tokenizer_name(self.tokenizer),
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+            chat_template_fingerprint=self.template,
+            options=asdict(self.options),
+            counts={
+                "documents read": self.counts["read"],
+                "without supervision, dropped": self.counts["dropped"],
+                "cut to --max-length": self.counts["truncated"],
+                "tokens cut off": self.counts["truncated_tokens"] + plan.truncated_tokens,
+                "longer than a row, split": plan.num_split,
+                "longer than a row, truncated": plan.num_truncated,
+                "longer than a row, dropped": plan.num_dropped,
+                "pieces left without supervision": totals["unsupervised"],
+            },
+        )
+
+    def leave(self) -> None:
+        """Keep what a later run can use; nothing is worth keeping before the first chunk is done."""
+        if not any(self.work.glob("tokens-*.arrow")):
+            shutil.rmtree(self.work, ignore_errors=True)
+
+
+_PLAN_ARRAYS = ("document_indices", "piece_starts", "piece_lengths", "row_offsets")
+
+
+def _chunks(documents: Iterable[Mapping[str, str]]) -> Iterator[list[Mapping[str, str]]]:
+    """Documents in chunks that follow from the documents alone."""
+    chunk: list[Mapping[str, str]] = []
+    characters = 0
+    for document in documents:
+        chunk.append(document)
+        characters += sum(map(len, document.values()))
+        if len(chunk) == _CHUNK_DOCUMENTS or characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _key(settings: str, digest: str) -> str:
+    return hashlib.sha256(f"{settings}{digest}".encode()).hexdigest()
+
+
+def _tokenise_chunk(jobs: _Tokenising, number: int) -> Counts:
+    """Tokens of one chunk: a supervised token as its id, any other as the complement of its id."""
+    import pyarrow as pa
+
+    table = _open_arrow(jobs.text(number))
+    digest = table.schema.metadata[b"digest"].decode()
+    values: list[np.ndarray] = []
+    lengths: list[int] = []
+    counts = {"read": table.num_rows, "dropped": 0, "truncated": 0, "truncated_tokens": 0}
+    for batch in table.to_batches(1000):
+        columns = batch.to_pydict()
+        out = jobs.encode(columns, list(range(batch.num_rows)))
+        for ids, labels in zip(out["input_ids"], out["labels"], strict=True):
+            tokens = np.array(ids, dtype=np.int32)
+            values.append(np.where(np.array(labels, dtype=np.int32) == IGNORED, ~tokens, tokens))
+            lengths.append(len(ids))
+        counts["dropped"] += batch.num_rows - len(out["input_ids"])
+        counts["truncated"] += sum(cut > 0 for cut in out["cut"])
+        counts["truncated_tokens"] += sum(out["cut"])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    tokens_of = np.concatenate(values) if values else np.zeros(0, np.int32)
+    column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens_of))
+    meta = {"key": _key(jobs.settings, digest), "counts": json.dumps(counts)}
+    _write_arrow(pa.table({"tokens": column}).replace_schema_metadata(meta), jobs.tokens(number))
+    jobs.text(number).unlink()
+    return counts
+
+
+def _write_shard(jobs: _Writing, number: int) -> Counts:
+    """One file of rows, gathered block by block from the chunks' tokens."""
+    import pyarrow as pa
+
+    plan = {name: np.load(jobs.work / f"plan-{name}.npy", mmap_mode="r") for name in ("starts", *_PLAN_ARRAYS)}
+    first, last = jobs.bounds[number], jobs.bounds[number + 1]
+    counts = {"rows": last - first, "documents": 0, "tokens": 0, "supervised": 0, "unsupervised": 0}
+    path = jobs.rows / jobs.names[number]
+    jobs.sidecar(number).unlink(missing_ok=True)
+    with written_whole(path) as partial, shard_writer(partial, jobs.file_format) as writer:
+        for row in range(first, last, jobs.rows_at_once):
+            offsets = np.asarray(plan["row_offsets"][row : min(row + jobs.rows_at_once, last) + 1])
+            at = slice(offsets[0], offsets[-1])
+            index, starts, sizes = (np.asarray(plan[name][at]) for name in _PLAN_ARRAYS[:3])
+            tokens = _gather(jobs, np.asarray(plan["starts"]), index, starts, sizes)
+            is_supervised = tokens >= 0
+            ids = np.where(is_supervised, tokens, ~tokens)
+            begins = np.cumsum(sizes) - sizes
+            is_supervised[begins] = False
+            labels = np.where(is_supervised, ids, np.int32(IGNORED))
+            ends = np.concatenate([[0], np.cumsum(sizes)])[offsets - offsets[0]]
+            columns = [_lists(ids, ends), _lists(labels, ends), _lists(sizes, offsets - offsets[0])]
+            writer.write_table(pa.table(columns, names=["input_ids", "labels", "lengths"]))
+            counts["documents"] += len(sizes)
+            counts["tokens"] += len(ids)
+            counts["supervised"] += int(is_supervised.sum())
+            counts["unsupervised"] += int((np.add.reduceat(is_supervised, begins, dtype=np.int64) == 0).sum())
+    record = {"fingerprint": jobs.fingerprint, "bytes": path.stat().st_size, "counts": counts}
+    with written_whole(jobs.sidecar(number)) as partial:
+        partial.write_text(json.dumps(record))
+    return counts
+
+
+def _is_written(jobs: _Writing, number: int) -> bool:
+    path, sidecar = jobs.rows / jobs.names[number], jobs.sidecar(number)
+    if not (path.is_file() and sidecar.is_file()):
+        return False
+    record = json.loads(sidecar.read_text())
+    return record["fingerprint"] == jobs.fingerprint and record["bytes"] == path.stat().st_size
+
+
+def _gather(
+    jobs: _Writing, chunk_starts: np.ndarray, index: np.ndarray, starts: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
+    """int32 tokens of the pieces one after the other; chunks are mapped only while they are read."""
+    out = np.empty(int(sizes.sum()), dtype=np.int32)
+    begins = np.cumsum(sizes) - sizes
+    chunk_of = np.searchsorted(chunk_starts, index, side="right") - 1
+    by_chunk = np.argsort(chunk_of, kind="stable")
+    cuts = np.searchsorted(chunk_of[by_chunk], np.arange(len(chunk_starts)))
+    for chunk in np.unique(chunk_of).tolist():
+        here = by_chunk[cuts[chunk] : cuts[chunk + 1]]
+        column = _open_arrow(jobs.work / f"tokens-{chunk:06d}.arrow").column("tokens").chunk(0)
+        values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+        source = offsets[index[here] - chunk_starts[chunk]] + starts[here]
+        count = sizes[here]
+        ramp = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        out[np.repeat(begins[here], count) + ramp] = values[np.repeat(source, count) + ramp]
+        del values, offsets, column
+    return out
+
+
+def _lists(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
+    import pyarrow as pa
+
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.int32()))
+
+
+def _write_arrow(table: pa.Table, path: Path) -> None:
+    import pyarrow as pa
+
+    with written_whole(path) as partial, pa.ipc.new_file(str(partial), table.schema) as writer:
+        writer.write_table(table)
+
+
+def _open_arrow(path: Path) -> pa.Table:
+    """A table mapped into memory."""
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: missing or damaged ({one_line(error)}); remove the folder {path.parent} and pack again"
+        ) from error
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            found = pa.ipc.open_file(source).schema.metadata or {}
+    except (pa.ArrowException, OSError):
+        return {}
+    return {name.decode(): value.decode() for name, value in found.items()}
+
+
+def _read_lengths(path: Path) -> np.ndarray:
+    column = _open_arrow(path).column("tokens")
+    return np.diff(column.chunk(0).offsets.to_numpy()) if column.num_chunks else np.zeros(0, np.int32)

@@ -1,0 +1,77 @@
+"""Files that appear whole or not at all, and a lock for a folder that one process writes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from packflex.data.errors import DataError, one_line
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A name to write to that becomes `path` when the block ends well, on the disk for good; else it is removed.
+
+    Raises:
+        DataError: no room on the disk, with the file and what to do.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with room_needed(path):
+            yield partial
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_needed(path: Path) -> Iterator[None]:
+    """Say plainly that the disk is full.
+
+    Raises:
+        DataError: in place of an `OSError` that says so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise DataError(
+            f"{path}: the disk is full ({one_line(error)}); free some space and run the same command again: what is "
+            "finished is kept"
+        ) from error
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other processes from writing to it; a process that dies lets go.
+
+    Raises:
+        DataError: another process holds it.
+    """
+    import fcntl  # here and not above: only packing to disk needs it, and it is missing on Windows
+
+    with room_needed(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{folder}: another `packflex pack` is writing there; wait for it, or choose another output"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,271 @@
+"""Packing to disk: the same whatever the engine, restartable after a kill, and never half of a data set."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from datasets import disable_progress_bars
+
+from packflex.data import build, files
+from packflex.data.build import TokenizeOptions, build_packed
+from packflex.data.engines import LocalEngine, RayEngine
+from packflex.data.errors import DataError
+from packflex.data.sources import load_documents, read_documents
+from packflex.data.tokenize import tokenize_documents
+from packflex.data.tokenizer import train_tokenizer
+from packflex.data.write import documents_fingerprint, load_packed, read_manifest
+from packflex.packing import plan_rows
+
+disable_progress_bars()
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = [{"id": i, "prompt": f"What is {i}?\n", "completion": f"It is {i % 7} " * (1 + i % 9)} for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    made = train_tokenizer([r["prompt"] + r["completion"] for r in RECORDS], 300, folder / "cache")
+    made.save_pretrained(folder / "tok")
+    made.name_or_path = str(folder / "tok")
+    return made
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch, tmp_path):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(build, "_CHUNK_DOCUMENTS", 32)
+    monkeypatch.setattr(build, "_SHARD_TOKENS", 1500)
+    monkeypatch.setattr(build, "_BLOCK_TOKENS", 400)
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "train.jsonl", RECORDS)
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def pack(source, output, tokenizer, **options):
+    return build_packed(read_documents("jsonl", str(source)), output, tokenizer, **{"seq_len": 96, **options})
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rows_are_those_of_packing_in_memory(source, tmp_path, tokenizer):
+    from packflex import pack_dataset
+
+    manifest = pack(source, tmp_path / "out", tokenizer, seed=4)
+    documents = load_documents("jsonl", str(source))
+    tokens = tokenize_documents(documents, tokenizer)
+    expected = pack_dataset(tokens.dataset, 96, seed=4)
+    found = load_packed(tmp_path / "out", tokenizer)
+    assert found.dataset.to_list() == expected.to_list()
+    assert len(manifest.files) > 3, "more shards than one"
+    assert found.manifest == manifest
+    assert manifest.documents >= len(RECORDS)
+    assert (manifest.tokens, manifest.supervised_tokens) == (tokens.tokens, manifest.supervised_tokens)
+    assert manifest.source_fingerprint == documents_fingerprint(documents)
+    assert manifest.counts["documents read"] == 300
+    assert not list(tmp_path.glob(".out*")), "the work folder is gone"
+
+
+def test_any_engine_gives_the_same_bytes(source, tmp_path, tokenizer):
+    one = pack(source, tmp_path / "one", tokenizer)
+    two = pack(source, tmp_path / "two", tokenizer, engine=LocalEngine(2))
+    assert one == two
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ray_cluster_gives_the_same_bytes(source, tmp_path, tokenizer):
+    pytest.importorskip("ray.data")
+    local = pack(source, tmp_path / "local", tokenizer)
+    assert local == pack(source, tmp_path / "ray", tokenizer, engine=RayEngine(2))
+    assert contents(tmp_path / "local") == contents(tmp_path / "ray")
+
+
+def test_ray_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DataError, match=r"needs Ray Data .* pip install 'packflex\[ray\]'"):
+        RayEngine()
+
+
+def test_what_changes_the_fingerprint(source, tmp_path, tokenizer):
+    prints = [pack(source, tmp_path / "a", tokenizer).fingerprint]
+    other = write(tmp_path / "other.jsonl", [*RECORDS[:-1], {**RECORDS[-1], "completion": "Nobody knows."}])
+    prints.append(pack(other, tmp_path / "b", tokenizer).fingerprint)
+    prints.append(pack(source, tmp_path / "c", tokenizer, seed=1).fingerprint)
+    prints.append(pack(source, tmp_path / "d", tokenizer, seq_len=128).fingerprint)
+    options = TokenizeOptions(train_on_prompt=True)
+    prints.append(pack(source, tmp_path / "e", tokenizer, tokenize=options).fingerprint)
+    assert len(set(prints)) == 5
+    moved = write(tmp_path / "moved.jsonl", RECORDS)
+    assert pack(moved, tmp_path / "f", tokenizer).fingerprint == prints[0], "where it lies is not what it says"
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", ["reading", "tokenising", "planning", "writing"])
+def test_a_run_that_is_cut_short_goes_on(source, tmp_path, tokenizer, step):
+    pack(source, tmp_path / "whole", tokenizer)
+    seen = []
+
+    def stop(name, done, total):
+        seen.append(name)
+        if name == step and (step == "planning" or seen.count(step) > 2):
+            assert total is None or step == "planning" or 0 < done < total
+            raise StopError
+
+    with pytest.raises(StopError):
+        pack(source, tmp_path / "out", tokenizer, progress=stop)
+    assert not (tmp_path / "out").exists()
+    work = tmp_path / ".out.packing"
+    kept = sorted(path.name for path in work.glob("tokens-*.arrow")) if work.exists() else []
+    assert bool(kept) is (step != "reading")
+    times = {name: (work / name).stat().st_mtime_ns for name in kept}
+
+    shown = []
+    pack(source, tmp_path / "out", tokenizer, progress=lambda *report: shown.append(report))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    first = next(done for name, done, _ in shown if name == "tokenising")
+    assert (first > 0) is bool(times), "chunks of before are kept"
+    assert not work.exists()
+
+
+def test_a_changed_input_is_not_taken_for_the_old(source, tmp_path, tokenizer):
+    def stop(name, done, total):
+        if name == "writing":
+            raise StopError
+
+    with pytest.raises(StopError):
+        pack(source, tmp_path / "out", tokenizer, progress=stop)
+    changed = [{**r, "completion": "No."} if r["id"] == 40 else r for r in RECORDS]
+    write(source, changed)
+    pack(source, tmp_path / "out", tokenizer)
+    other = write(tmp_path / "other.jsonl", changed)
+    pack(other, tmp_path / "fresh", tokenizer)
+    ours, fresh = contents(tmp_path / "out"), contents(tmp_path / "fresh")
+    assert ours.keys() == fresh.keys()
+    assert all(ours[name] == fresh[name] for name in ours if name != "manifest.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["tokenising", "writing"])
+def test_kill_9_and_the_same_command_again(source, tmp_path, tokenizer, step):
+    """A real kill of the real command, in the middle of a step; the data set is that of a run never killed."""
+    code = (
+        "import time\n"
+        "from packflex.data import build, engines\n"
+        "build._CHUNK_DOCUMENTS, build._SHARD_TOKENS, build._BLOCK_TOKENS = 32, 1500, 400\n"
+        "run = engines.LocalEngine.run\n"
+        "def slow(self, *arguments):\n"
+        "    for result in run(self, *arguments):\n"
+        "        time.sleep(PAUSE)\n"
+        "        yield result\n"
+        "engines.LocalEngine.run = slow\n"
+        "from packflex.cli import main\n"
+        "main()\n"
+    )
+    arguments = ["pack", str(source), "--tokenizer", tokenizer.name_or_path, "--seq-len", "96"]
+
+    def start(output, pause):
+        command = [sys.executable, "-c", code.replace("PAUSE", str(pause)), *arguments, "--output", str(output)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+    whole = start(tmp_path / "whole", 0)
+    _, errors = whole.communicate(timeout=120)
+    assert whole.returncode == 0, errors
+    out, work = tmp_path / "out", tmp_path / ".out.packing"
+    killed = start(out, 0.3)
+    sign = "tokens-000001.arrow" if step == "tokenising" else "rows-00000.json"
+    deadline = time.monotonic() + 120
+    while not (work / sign).exists():
+        assert killed.poll() is None, killed.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+    with pytest.raises(DataError, match=r"so it is not a packed data set|no such folder"):
+        read_manifest(out)
+
+    again = start(out, 0)
+    printed, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not work.exists()
+    assert "packed into" in printed
+
+
+def test_two_at_once_are_kept_apart(source, tmp_path, tokenizer):
+    with files.only_writer(tmp_path / ".out.packing"), pytest.raises(DataError, match="another `packflex pack`"):
+        pack(source, tmp_path / "out", tokenizer)
+
+
+@pytest.mark.parametrize("name", ["tokens-000002.arrow", "data-00001-of"])
+def test_a_full_disk(source, tmp_path, tokenizer, monkeypatch, name):
+    pack(source, tmp_path / "whole", tokenizer)
+    real = os.fsync
+
+    def fsync(descriptor):
+        if name in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(DataError, match=r"the disk is full .* what is finished is kept"):
+        pack(source, tmp_path / "out", tokenizer)
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / ".out.packing").rglob("*.partial"))
+    monkeypatch.setattr(os, "fsync", real)
+    pack(source, tmp_path / "out", tokenizer)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_truncated_shard_is_refused(source, tmp_path, tokenizer):
+    manifest = pack(source, tmp_path / "out", tokenizer)
+    shard = tmp_path / "out" / list(manifest.files)[1]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(DataError, match=r"data-00001-of-\d+.parquet: has [\d,]+ bytes, and the manifest says"):
+        load_packed(tmp_path / "out")
+
+
+def test_duplicate_ids(tmp_path):
+    source = write(tmp_path / "train.jsonl", [*RECORDS[:5], {**RECORDS[2], "completion": "again"}])
+    with pytest.raises(DataError, match=r"train.jsonl:6: 'id' is 2, as in .*train.jsonl:3; remove one"):
+        list(read_documents("jsonl", str(source), on_duplicate="error"))
+    assert len(list(read_documents("jsonl", str(source), on_duplicate="drop"))) == 5
+    assert len(list(read_documents("jsonl", str(source)))) == 6
+
+
+def test_nothing_left(source, tmp_path, tokenizer):
+    with pytest.raises(DataError, match="longer than --seq-len 4 and --overflow drop leaves none"):
+        pack(source, tmp_path / "out", tokenizer, seq_len=4, overflow="drop")
+    empty = write(tmp_path / "empty.jsonl", [{"prompt": "a", "completion": ""}])
+    options = TokenizeOptions(on_unsupervised="drop")
+    with pytest.raises(DataError, match="none of 1 documents has a supervised token"):
+        pack(empty, tmp_path / "out", tokenizer, tokenize=options)
+    with pytest.raises(DataError, match=r"empty.jsonl:1: no supervised token: the completion is empty"):
+        pack(empty, tmp_path / "other", tokenizer)
+    assert not (tmp_path / ".other.packing").exists(), "nothing was worth keeping"
+    with pytest.raises(ValueError, match="strategy"):
+        plan_rows([1], 8, "worst_fit")

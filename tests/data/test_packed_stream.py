@@ -1,0 +1,208 @@
+"""PackedStream: every document once, ranks equal, the same batches after a resume with other ranks and workers."""
+
+import logging
+from itertools import chain
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packflex.data.collate import PackedCollator
+from packflex.data.errors import DataError
+from packflex.data.stream import PackedStream
+
+COUNT = 150
+LENGTHS = np.random.default_rng(0).integers(1, 12, COUNT)
+# Document i holds the id i + 1 and nothing else, so that a batch says which documents are in it.
+DOCUMENTS = Dataset.from_dict({"input_ids": [[i + 1] * int(n) for i, n in enumerate(LENGTHS)]})
+COLLATE = PackedCollator(16)
+
+
+def source(shards=3):
+    return DOCUMENTS.to_iterable_dataset(num_shards=shards)
+
+
+def make(documents=None, batch_size=2, **options):
+    documents = source() if documents is None else documents
+    return PackedStream(documents, COLLATE, batch_size, seq_len=16, **{"pool": 8, **options})
+
+
+def documents_of(batch):
+    starts = (batch["position_ids"] == 0) & (batch["input_ids"] > 0)
+    return batch["input_ids"][starts].tolist()
+
+
+def one_pass(**options):
+    return [documents_of(batch) for batch in make(**options)]
+
+
+EVERY = list(range(1, COUNT + 1))
+
+
+@pytest.mark.parametrize("lanes", [None, 1, 2, 3, 5])
+def test_a_pass_is_every_document_once(lanes):
+    stream = make(lanes=lanes)
+    first, second = ([documents_of(b) for b in stream] for _ in range(2))
+    assert sorted(chain.from_iterable(first)) == sorted(chain.from_iterable(second)) == EVERY
+    batch = next(iter(make(lanes=lanes)))
+    assert batch["labels"][batch["position_ids"] == 0].eq(-100).all(), "the first token of a document has no label"
+
+
+def test_any_number_of_workers_gives_the_same_batches():
+    alone = one_pass(lanes=4)
+    assert sorted(chain.from_iterable(alone)) == EVERY
+    for workers in (1, 3):
+        assert one_pass(lanes=4, num_workers=workers) == alone
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 20])
+def test_resume_at_every_batch_gives_what_would_have_come(shuffle_buffer):
+    """Also behind a shuffle buffer of `datasets`, whose own state forgets what the buffer holds."""
+
+    def fresh():
+        documents = source().shuffle(seed=3, buffer_size=shuffle_buffer) if shuffle_buffer else source()
+        return make(documents, lanes=4, num_batches=30)
+
+    unbroken, batches, states = fresh(), [], []
+    states.append(unbroken.state_dict())
+    for _ in range(3):  # more than two passes over the source
+        for batch in unbroken:
+            batches.append(documents_of(batch))
+            states.append(unbroken.state_dict())
+    assert len(batches) == 90
+    for step in (0, 1, 5, 17, 29, 30, 31, 47, 63):
+        resumed = fresh()
+        resumed.load_state_dict(states[step])
+        rest = [documents_of(b) for b in resumed]
+        while len(rest) < len(batches) - step:
+            rest += [documents_of(b) for b in resumed]
+        assert rest == batches[step:]
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (2, 1)])
+def test_resume_with_other_workers_while_they_prefetch(before, after):
+    unbroken = one_pass(lanes=4)
+    stream = make(lanes=4, num_workers=before)
+    iterator = iter(stream)
+    first = [documents_of(next(iterator)) for _ in range(23)]
+    state = stream.state_dict()
+    assert first == unbroken[:23]
+    resumed = make(lanes=4, num_workers=after)
+    resumed.load_state_dict(state)
+    assert [documents_of(b) for b in resumed] == unbroken[23:]
+
+
+def state_of_all(streams):
+    """What `state_dict` gathers over the ranks when they are processes."""
+    states = [stream.state_dict() for stream in streams]
+    return {**states[0], "lanes": {n: lane for state in states for n, lane in state["lanes"].items()}}
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 15), st.integers(1, 7))
+def test_other_ranks_on_resume_see_every_document_once(before, after, steps, lanes):
+    lanes = max(before, after, lanes)
+    old = [make(lanes=lanes, num_batches=steps + 1, rank=r, world_size=before, repeat=False) for r in range(before)]
+    seen = []
+    for stream in old:
+        iterator = iter(stream)
+        seen += [n for _ in range(steps) for n in documents_of(next(iterator))]
+    new = [make(lanes=lanes, num_batches=100, rank=r, world_size=after, repeat=False) for r in range(after)]
+    counts = set()
+    for stream in new:
+        stream.load_state_dict(state_of_all(old))
+        batches = [documents_of(b) for b in stream]
+        counts.add(len(batches))
+        seen += [n for batch in batches for n in batch]
+    assert counts == {100 - steps}
+    assert sorted(seen) == EVERY
+
+
+def test_epochs_have_num_batches_on_every_rank_and_go_on_where_they_stopped():
+    streams = [make(num_batches=11, rank=r, world_size=2, lanes=2, repeat=False) for r in range(2)]
+    assert [len(stream) for stream in streams] == [11, 11]
+    seen = []
+    for _ in range(8):
+        for stream in streams:
+            batches = [documents_of(batch) for batch in stream]
+            assert len(batches) == 11
+            seen += list(chain.from_iterable(batches))
+    assert sorted(seen) == EVERY, "the rest of the batches hold no token"
+    with pytest.raises(TypeError, match="no length"):
+        len(make())
+
+
+def test_plain_iterables_and_masks():
+    documents = [{"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}, {"input_ids": [8, 9], "labels": [-100, 9]}]
+    (batch,) = make(documents, batch_size=1)
+    assert batch["labels"][0, :5].tolist() == [-100, 6, 7, -100, 9]
+    assert batch["packed"].lengths == ((3, 2),)
+
+
+def test_documents_longer_than_a_row(caplog):
+    long = [{"input_ids": [1] * 40}, {"input_ids": [2] * 3}]
+    (batch,) = make(long, batch_size=4)
+    assert sorted(sum(batch["packed"].lengths, ())) == [3, 8, 16, 16]
+    with caplog.at_level(logging.INFO):
+        (batch,) = make(long, batch_size=4, overflow="truncate")
+    assert sorted(sum(batch["packed"].lengths, ())) == [3, 16]
+    assert "1 documents longer than a row lost 24 tokens" in caplog.text
+    assert "lane 0: 2 documents in 2 rows, 59.38% full" in caplog.text
+    (batch,) = make(long, batch_size=4, overflow="drop")
+    assert sum(batch["packed"].lengths, ()) == (3,)
+    with pytest.raises(DataError, match="document 0 of lane 0: 40 tokens, more than seq_len=16"):
+        list(make(long, overflow="error"))
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"text": "a"}, "no 'input_ids' .it has 'text', 'source'.; tokenise the stream first"),
+        ({"input_ids": []}, "the document is empty"),
+        ({"input_ids": [1.0, float("nan")]}, "'input_ids' must be a list of integers; got float64"),
+        ({"input_ids": [[1], [2]]}, r"list of integers; got int64 of shape \(2, 1\)"),
+        ({"input_ids": [1, 2**31]}, "holds 2147483648, which does not fit int32"),
+        ({"input_ids": [1, 2], "labels": [1]}, "input_ids has 2 tokens and labels 1"),
+        ({"input_ids": [1], "labels": [1], "loss_mask": [1]}, "has labels and loss_mask; keep the one"),
+    ],
+)
+def test_bad_documents_are_named(document, message):
+    with pytest.raises(DataError, match=f"train:7: .*{message}"):
+        list(make([{"input_ids": [1]}, {**document, "source": "train:7"}]))
+
+
+def test_bad_arguments_and_states():
+    for options, message in [
+        ({"overflow": "cut"}, "overflow must be one of"),
+        ({"rank": 2, "world_size": 2}, "got rank 2 of 2"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"num_batches": 0}, "num_batches must be at least 1; got 0"),
+        ({"pool": 0}, "pool must be at least 1"),
+        ({"lanes": 1, "world_size": 2}, "lanes must be at least world_size=2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make(**options)
+    with pytest.raises(ValueError, match=r"torch\.distributed, which is not initialised; give num_batches"):
+        next(iter(make(world_size=2)))
+    state = make(lanes=2).state_dict()
+    with pytest.raises(ValueError, match="stream had batch_size=2, this one has 3"):
+        make(batch_size=3).load_state_dict(state)
+    alone = make(lanes=2, rank=0, world_size=2).state_dict()
+    with pytest.raises(ValueError, match=r"lacks lanes \[1\] of 2: its state was taken on one rank alone"):
+        make(lanes=2).load_state_dict(alone)
+
+
+def test_the_state_survives_a_checkpoint_that_is_read_as_weights_only(tmp_path):
+    import torch
+
+    stream = make(num_batches=20)
+    iterator = iter(stream)
+    for _ in range(5):
+        next(iterator)
+    torch.save(stream.state_dict(), tmp_path / "state.pt")
+    rest = [documents_of(b) for b in iterator]
+    resumed = make(num_batches=20)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [documents_of(b) for b in resumed] == rest

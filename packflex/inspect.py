@@ -55,6 +55,7 @@ class PackedReport:
         efficiency: share of `rows * seq_len` that is documents, 0 to 1.
         padding: tokens of padding, `rows * seq_len - tokens`.
         documents_per_row, supervised_per_row: their spread over rows.
+        pairs_per_row: spread of the causal pairs of tokens that attend, what a row's attention costs.
         document_lengths: tokens of each document, int64 [documents], in order.
     """
 
@@ -68,6 +69,7 @@ class PackedReport:
     padding: int
     documents_per_row: Spread
     supervised_per_row: Spread
+    pairs_per_row: Spread
     document_lengths: np.ndarray
 
 
@@ -110,6 +112,7 @@ def summarise(packed: Dataset, seq_len: int) -> PackedReport:
             f"seq_len={seq_len}; lengths must add up to the tokens and fit: pack the data set again"
         )
     per_row_supervised = np.concatenate(supervised)
+    pairs = np.concatenate([[0], np.cumsum(all_lengths * (all_lengths + 1) // 2)])
     total = int(all_tokens.sum())
     return PackedReport(
         rows=len(packed),
@@ -122,6 +125,7 @@ def summarise(packed: Dataset, seq_len: int) -> PackedReport:
         padding=len(packed) * seq_len - total,
         documents_per_row=Spread.of(all_counts),
         supervised_per_row=Spread.of(per_row_supervised),
+        pairs_per_row=Spread.of(np.diff(pairs[ends])),
         document_lengths=all_lengths,
     )
 

@@ -59,6 +59,7 @@ def report_table(title: str, report: PackedReport, manifest: PackedManifest) -> 
     table.add_row("padding", f"{report.padding:,} tokens")
     table.add_row("documents per row", f"{report.documents_per_row}  (least / median / mean / most)")
     table.add_row("supervised per row", f"{report.supervised_per_row}")
+    table.add_row("causal pairs per row", f"{report.pairs_per_row}  (what attention costs)")
     for name, count in manifest.counts.items():
         table.add_row(name, f"{count:,}")
     table.add_row("packing", f"{manifest.strategy}, overflow {manifest.overflow}, seed {manifest.seed}")

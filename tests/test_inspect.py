@@ -24,6 +24,7 @@ def test_summary_numbers():
     assert report.document_lengths.tolist() == [3, 2, 8, 1]
     assert str(report.documents_per_row) == "1 / 1 / 1.3 / 2"
     assert str(report.supervised_per_row) == "0 / 2 / 3.0 / 7"
+    assert str(report.pairs_per_row) == "1 / 9 / 15.3 / 36"
 
 
 def test_summary_of_a_slice_and_of_many_batches():

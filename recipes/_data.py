@@ -122,9 +122,7 @@ def _prepare_packed(config: DictConfig) -> PackedSplits:
         num_documents=documents,
         efficiency=tokens / (len(train) * manifest.seq_len),
         plan=None,
-        notes=tuple(
-            f"{count:,} documents {what}" for what, count in manifest.counts.items() if count and "read" not in what
-        ),
+        notes=tuple(f"{what}: {count:,}, when they were packed" for what, count in manifest.counts.items() if count),
     )
 
 

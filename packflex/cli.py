@@ -318,7 +318,14 @@ def doctor() -> None:
         verdict = "[green]ok[/]" if check.passed else "[bold red]WRONG[/]"
         results.add_row(check.backend, check.device, check.dtype, *errors, f"{check.tolerance:.0e}", verdict)
     out.print(results)
-    if not all(check.passed for check in checks):
+    leaks = examine.check_leaks()
+    out.print("\ndocuments that see one another, tiny models of each family", style="bold")
+    for leak in leaks:
+        out.print(f"{leak.family:<12}{leak.device:<6}", end="")
+        out.print("[green]none[/]" if leak.passed else "[bold red]LEAKS[/]")
+        if not leak.passed:
+            out.print(leak.finding, markup=False)
+    if not (all(check.passed for check in checks) and all(leak.passed for leak in leaks)):
         print("packflex: attention is wrong on this machine; please report the lines above", file=sys.stderr)
         raise typer.Exit(1)
 

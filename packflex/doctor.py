@@ -6,7 +6,7 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -122,3 +122,53 @@ def _check(device: str, dtype: torch.dtype) -> NumericsCheck:
         errors=errors,
         tolerance=RELATIVE[dtype],
     )
+
+
+@dataclass(frozen=True)
+class LeakCheck:
+    """The leak check on a tiny model with random weights.
+
+    Attributes:
+        family: model type of transformers.
+        device: where.
+        finding: what leaks, or why the check could see nothing; empty when documents keep to themselves.
+    """
+
+    family: str
+    device: str
+    finding: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether documents keep to themselves."""
+        return not self.finding
+
+
+def check_leaks() -> list[LeakCheck]:
+    """Every supported family as a tiny model on the default device: does a document move another one's logits?"""
+    import torch
+
+    from packflex.testing.families import FAMILIES
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [_check_leaks(family, device) for family in FAMILIES]
+
+
+def _check_leaks(family: str, device: str) -> LeakCheck:
+    import torch
+
+    from packflex.integrations.transformers import enable_packflex
+    from packflex.layout import PackedLayout
+    from packflex.testing.families import VOCAB, tiny_model
+    from packflex.testing.leaks import LeakError, find_leaks
+
+    model: Any = tiny_model(family)  # transformers' stubs know no .to of a string
+    model.to(device)
+    enable_packflex(model)
+    layout = PackedLayout.from_lengths([[20, 9], [30]], 32)
+    ids = torch.randint(1, VOCAB, (2, 32), generator=torch.Generator().manual_seed(0))
+    report = find_leaks(model, {"input_ids": ids.to(device), "packed": layout.to(device)})
+    finding = str(LeakError(report)) if report.leaks else ""
+    if not report.sensitive:
+        finding = "the model's logits do not depend on its documents: the check could not have seen a leak"
+    return LeakCheck(family, device, finding)

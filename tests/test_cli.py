@@ -11,6 +11,8 @@ from datasets import Dataset, disable_progress_bars
 from packflex import cli
 from packflex.data.tokenizer import load_tokenizer, train_tokenizer
 from packflex.data.write import load_packed, write_packed
+from packflex.layout import PackedLayout
+from packflex.testing.families import FAMILIES
 
 disable_progress_bars()
 
@@ -155,6 +157,23 @@ def test_doctor_checks_attention(run):
     assert re.search(r"torch +2\.", out)
     assert re.search(r"attention +(reference|triton): ", out)
     assert re.search(r"float32 +\d\.\de-0[78] .*3e-06 +ok", out)
+    assert re.search(r"gemma3_text +cpu +none", out)
+    assert out.count("none") == len(FAMILIES)
+
+
+def test_doctor_fails_when_documents_leak(run, monkeypatch):
+    from packflex.integrations import transformers as integration
+
+    real = integration.document_mask
+
+    def across(layout, causal=True, window=None):
+        return real(PackedLayout.from_lengths([[layout.seq_len]] * layout.batch_size), causal, window)
+
+    monkeypatch.setattr(integration, "document_mask", across)
+    code, out, err = run("doctor")
+    assert code == 1
+    assert re.search(r"llama +cpu +LEAKS", out)
+    assert "attention is wrong on this machine" in err
 
 
 def test_doctor_fails_when_attention_is_wrong(run, monkeypatch):

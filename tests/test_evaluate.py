@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from packflex.evaluate import document_losses
 from packflex.losses import next_token_loss
-from tests.integrations.models import FAMILIES, VOCAB, tiny_model
+from packflex.testing.families import FAMILIES, VOCAB, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = [5, 130, 1, 9, 30, 2, 64, 7, 21, 3]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from packflex import PackedLayout, document_mask, flex_attention
 from packflex.integrations.transformers import enable_packflex
+from packflex.testing.families import FAMILIES, VOCAB, tiny_model
 from packflex.testing.leaks import LeakError, LeakReport, check_leaks, find_leaks
-from tests.integrations.models import FAMILIES, VOCAB, tiny_model
 
 LAYOUT = PackedLayout.from_lengths([[9, 14, 1, 8], [20, 11]], seq_len=36)
 

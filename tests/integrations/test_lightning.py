@@ -16,9 +16,9 @@ from packflex.data.stream import PackedStream
 from packflex.integrations.lightning import CausalLMModule, PackedDataModule, PackFlexCallback
 from packflex.integrations.transformers import enable_packflex
 from packflex.losses import next_token_loss
+from packflex.testing.families import FAMILIES
+from packflex.testing.families import tiny_model as family_model
 from packflex.testing.leaks import LeakError
-from tests.integrations.models import FAMILIES
-from tests.integrations.models import tiny_model as family_model
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 

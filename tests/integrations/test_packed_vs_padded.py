@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from packflex import PackedLayout
 from packflex.integrations.transformers import enable_packflex
-from tests.integrations.models import FAMILIES, VOCAB, tiny_model
+from packflex.testing.families import FAMILIES, VOCAB, tiny_model
 
 Document = tuple[Tensor, Tensor]  # tokens and labels, [L] each
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from packflex.integrations.transformers import check_supported, enable_packflex
-from tests.integrations.models import FAMILIES, VOCAB, tiny_model
+from packflex.testing.families import FAMILIES, VOCAB, tiny_model
 
 
 @pytest.mark.parametrize(

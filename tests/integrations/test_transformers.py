@@ -20,7 +20,7 @@ from packflex.integrations.transformers import (
     packflex_attention,
     transformers_models,
 )
-from tests.integrations.models import FAMILIES, VOCAB, tiny_model
+from packflex.testing.families import FAMILIES, VOCAB, tiny_model
 
 # Two rows of other documents, one of a single token, windows of 6 shorter than most, padded tails of 4 and 5 tokens.
 LAYOUT = PackedLayout.from_lengths([[9, 14, 1, 8], [20, 11]], seq_len=36)

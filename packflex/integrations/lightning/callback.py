@@ -132,7 +132,7 @@ class PackFlexCallback(L.Callback):
         flops = self._flops(packed)
         self._throughput.update(time.perf_counter(), packed.num_tokens, packed.num_documents, flops)
         many = trainer.world_size > 1
-        pl_module.log("packing/efficiency", packed.efficiency, sync_dist=many)
+        pl_module.log("packing/efficiency", packed.efficiency, prog_bar=True, sync_dist=many)
         pl_module.log("packing/documents", float(packed.num_documents), reduce_fx="sum", sync_dist=many)
         rates = self._throughput.rates()
         if rates is None:
@@ -142,7 +142,7 @@ class PackFlexCallback(L.Callback):
         pl_module.log("throughput/documents_per_second", documents, reduce_fx="sum", sync_dist=many)
         peak = peak_flops(pl_module.device)
         if peak is not None and flops:
-            pl_module.log("throughput/mfu", flops / peak, sync_dist=many)
+            pl_module.log("throughput/mfu", flops / peak, prog_bar=True, sync_dist=many)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Add to an out-of-memory error which settings to lower."""

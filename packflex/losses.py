@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from packflex.layout import PackedLayout
+from packflex.parallel.layout import ShardedLayout
 
 IGNORED = -100
 WEIGHTINGS = ("token", "document", "sqrt")
 _CHUNK_BYTES = 2**28  # of float32 logits held at a time
 
 
-def token_weights(labels: Tensor, layout: PackedLayout | None, weighting: str = "token") -> Tensor | None:
+def token_weights(
+    labels: Tensor, layout: PackedLayout | ShardedLayout | None, weighting: str = "token"
+) -> Tensor | None:
     """Weight of each label in the loss, so that documents count as their number of supervised tokens n, 1 or sqrt(n).
 
     Args:
@@ -38,6 +41,11 @@ def token_weights(labels: Tensor, layout: PackedLayout | None, weighting: str = 
         raise ValueError(f"loss weighting must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}")
     if weighting == "token":
         return None
+    if isinstance(layout, ShardedLayout):
+        raise ValueError(
+            f'loss weighting "{weighting}" counts the supervised tokens of whole documents, and context parallelism '
+            'splits them over ranks; use "token"'
+        )
     if layout is None:
         raise ValueError(f'loss weighting "{weighting}" needs the batch\'s layout: collate with PackedCollator')
     supervised = (labels != IGNORED).float()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from packflex.layout import PackedLayout
+from packflex.parallel.layout import ShardedLayout
 
 # Dense bf16 FLOP/s without sparsity, from the makers' data sheets, by the name that torch reports. Longest match wins.
 PEAK_BF16_FLOPS = {
@@ -33,13 +34,15 @@ PEAK_BF16_FLOPS = {
 }
 
 
-def attention_pairs(layout: PackedLayout, causal: bool = True, window: int | None = None) -> int:
+def attention_pairs(layout: PackedLayout | ShardedLayout, causal: bool = True, window: int | None = None) -> int:
     """Pairs (query, key) that a document mask lets through, of one head.
 
     Example:
         >>> attention_pairs(PackedLayout.from_lengths([[3, 4]]))  # 1 + 2 + 3 and 1 + 2 + 3 + 4
         16
     """
+    if isinstance(layout, ShardedLayout):
+        return layout.attention_pairs(causal, window)
     total = 0
     for row in layout.lengths:
         for n in row:
@@ -57,7 +60,7 @@ class AttentionShape:
     width: int
     causal: bool = True
 
-    def flops(self, layout: PackedLayout) -> int:
+    def flops(self, layout: PackedLayout | ShardedLayout) -> int:
         """FLOPs of forward and backward over all layers: 12 D a pair and query head."""
         pairs = {w: attention_pairs(layout, self.causal, w) for w in set(self.windows)}
         return 12 * self.width * sum(pairs[w] for w in self.windows)

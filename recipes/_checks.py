@@ -13,6 +13,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
+from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from packflex.attention.api import BACKENDS
@@ -34,6 +35,7 @@ _WHOLE_NUMBERS = {
     "trainer.max_steps": (-1, False),
     "trainer.max_epochs": (-1, True),
     "trainer.accumulate_grad_batches": (1, False),
+    "trainer.context_parallel_size": (1, False),
     "steps.total": (1, True),
     "steps.warmup": (0, True),
     "sample.max_new_tokens": (1, False),
@@ -138,6 +140,29 @@ def _loaded(path: str) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
+def check_sharing(config: DictConfig, trainer: L.Trainer) -> None:
+    """Refuse ranks that cannot share rows.
+
+    Raises:
+        SetupError: with the reason.
+    """
+    size = config.trainer.context_parallel_size
+    if size == 1:
+        return
+    if trainer.world_size % size:
+        raise SetupError(
+            f"trainer.context_parallel_size={size} must divide the number of processes, {trainer.world_size}; use "
+            "trainer=ddp and trainer.devices"
+        )
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        raise SetupError("trainer.context_parallel_size works with trainer=ddp; with trainer=fsdp leave it at 1")
+    if config.module.loss_weighting != "token":
+        raise SetupError(
+            f"module.loss_weighting={config.module.loss_weighting} counts whole documents, and "
+            "trainer.context_parallel_size splits them over ranks; use module.loss_weighting=token"
+        )
+
+
 def check_single_run(trainer: L.Trainer) -> None:
     """Refuse a multirun over several devices.
 
@@ -169,7 +194,8 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int) -> None:
             start = "adapters"
         config.optimizer.lr = config.learning_rate[start]
     if config.steps.total is None:
-        batches = math.ceil(rows / (config.packing.batch_size * trainer.world_size))
+        sharing = config.trainer.context_parallel_size
+        batches = math.ceil(rows / (config.packing.batch_size * (trainer.world_size // sharing)))
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
         by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
         total = min(by_epochs, trainer.max_steps if trainer.max_steps > 0 else math.inf)

@@ -26,7 +26,15 @@ import datasets
 import hydra
 import lightning as L
 import torch
-from _checks import check_checkpoint, check_same_model, check_settings, check_single_run, fill_in, one_line_of
+from _checks import (
+    check_checkpoint,
+    check_same_model,
+    check_settings,
+    check_sharing,
+    check_single_run,
+    fill_in,
+    one_line_of,
+)
 from _data import DocumentNames, PackedSplits, prepare, say
 from _sharding import ShardedCausalLMModule, whole_state
 from hydra.errors import HydraException
@@ -38,7 +46,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from packflex.integrations.lightning import NonFiniteLossError, NonFiniteLossGuard, SaveOnSignal
+from packflex.integrations.lightning import ContextParallel, NonFiniteLossError, NonFiniteLossGuard, SaveOnSignal
 from packflex.integrations.lightning.shapes import token_cost
 from packflex.models import SetupError, add_adapters
 from packflex.report import (
@@ -77,13 +85,17 @@ def finetune(config: DictConfig) -> RunSummary:
     L.seed_everything(config.seed, verbose=False)
     callbacks = [instantiate(c) for c in config.callbacks.values() if c]
     loggers = [instantiate(c) for c in config.logger.values() if c]
+    sharing = config.trainer.context_parallel_size
+    if sharing > 1:
+        callbacks.insert(0, ContextParallel(sharing))
     trainer: L.Trainer = instantiate(
-        config.trainer,
+        lightning_settings(config.trainer),
         callbacks=callbacks,
         logger=loggers,
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),  # else Lightning adds one of its own
     )
     check_single_run(trainer)
+    check_sharing(config, trainer)
 
     data = prepare(config)
     sharded = isinstance(trainer.strategy, ModelParallelStrategy)
@@ -116,6 +128,13 @@ def finetune(config: DictConfig) -> RunSummary:
     trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
     after = _heldout_loss(trainer, module, rows)
     return _finish(config, trainer, model, data, [(first_step, before), (steps, after)])
+
+
+def lightning_settings(trainer: DictConfig) -> DictConfig:
+    """What Lightning's own trainer takes of the `trainer` group."""
+    settings: Any = OmegaConf.to_container(trainer, resolve=True)
+    del settings["context_parallel_size"]
+    return OmegaConf.create(settings)
 
 
 def _interrupted(stopper: SaveOnSignal, step: int) -> NoReturn:

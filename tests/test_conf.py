@@ -128,7 +128,10 @@ def check_logger(config, name):
 
 def check_trainer(config, name):
     config.trainer.accelerator, config.trainer.devices = "cpu", 1  # whatever this machine has
-    trainer = instantiate(config.trainer)
+    from finetune import lightning_settings
+
+    assert config.trainer.context_parallel_size == 1
+    trainer = instantiate(lightning_settings(config.trainer))
     assert trainer.world_size == 1
     strategies = {"ddp": "DDPStrategy", "fsdp": "FullyShardedStrategy"}
     assert type(trainer.strategy).__name__ == strategies.get(name, "SingleDeviceStrategy")

@@ -191,6 +191,10 @@ def test_wrong_data(content, percent, message, place, tmp_path):
         (["attention=triton"], "attention.backend=triton trains on a GPU only"),
         (["module.loss=fused"], "module.loss=fused must be one of logits, chunked, liger"),
         (["module.loss_weighting=line"], "module.loss_weighting=line must be one of token, document, sqrt"),
+        (
+            ["trainer.context_parallel_size=2"],
+            "trainer.context_parallel_size=2 must divide the number of processes, 1;",
+        ),
         (["attention.backend=fast"], "attention.backend=fast must be one of triton, torch, reference"),
         (["trainer.max_steps=-1", "data.limit=9"], "the run has no end: set trainer.max_steps or trainer.max_epochs"),
     ],
@@ -444,3 +448,21 @@ def test_kill_9_and_resume_equal_a_run_that_was_never_killed(place, tmp_path):
     assert rest[1] == whole[1][step:], "bitwise"
     before = read_metrics(tmp_path / "killed" / "metrics.csv", "train/loss")
     assert before[1][:step] == whole[1][: len(before[1][:step])]
+
+
+@pytest.mark.slow
+def test_two_processes_share_rows(place, tmp_path):
+    """The held-out losses of context parallelism are those of one process."""
+    summaries = []
+    for name, settings in {
+        "one": [],
+        "two": ["trainer.strategy=ddp", "trainer.devices=2", "trainer.context_parallel_size=2"],
+    }.items():
+        done = run(*small(place, *settings, f"hydra.run.dir={tmp_path}/{name}"))
+        assert done.returncode == 0, done.stderr
+        summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
+    one, two = summaries
+    assert two["steps"] == one["steps"] == 6
+    assert two["loss_start"] == pytest.approx(one["loss_start"], rel=1e-5)
+    assert two["loss_end"] == pytest.approx(one["loss_end"], rel=1e-3)
+    assert two["loss_end"] < two["loss_start"]

@@ -44,6 +44,8 @@ from packflex.integrations._ordinary import ordinary_attention
 from packflex.integrations._supported import check_supported
 from packflex.layout import PackedLayout
 from packflex.masks import document_mask
+from packflex.parallel.attention import sharded_attention
+from packflex.parallel.layout import ShardedLayout
 
 __all__ = ["NAME", "check_supported", "enable_packflex", "packflex_attention", "packflex_mask", "transformers_models"]
 
@@ -151,6 +153,8 @@ class _PackedCall:
         kwargs = dict(kwargs)
         kwargs["attention_mask"] = _placeholder_mask(packed, tokens.device)
         if kwargs.get("position_ids") is None:
+            if isinstance(packed, ShardedLayout):
+                raise ValueError("a sharded batch needs its position_ids: pass the whole batch that shard_batch made")
             kwargs["position_ids"] = _positions(packed)
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False
@@ -159,7 +163,7 @@ class _PackedCall:
         return args, kwargs
 
 
-def _placeholder_mask(packed: PackedLayout, device: torch.device) -> Tensor:
+def _placeholder_mask(packed: PackedLayout | ShardedLayout, device: torch.device) -> Tensor:
     """A mask of no keys: transformers passes 4-D masks on as they are, so this keeps it from building a real one."""
     return torch.empty((packed.batch_size, 1, packed.seq_len, 0), dtype=torch.bool, device=device)
 
@@ -197,7 +201,7 @@ def packflex_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
-    packed: PackedLayout | None = None,
+    packed: PackedLayout | ShardedLayout | None = None,
     packflex_backend: str | None = None,
     position_ids: Tensor | None = None,
     **kwargs: Any,
@@ -216,7 +220,7 @@ def packflex_attention(
         softcap: scores become `softcap * tanh(score / softcap)`.
         s_aux: [Hq], attention sinks.
         is_causal: overrides what the module says.
-        packed: the layout of the batch: B rows of S tokens.
+        packed: the layout of the batch: B rows of S tokens, or one rank's part of it.
         packflex_backend: backend of `flex_attention` for this call.
         position_ids: [B, S], looked at only to find out that they were forgotten.
         kwargs: what else a model hands to its attention.
@@ -262,6 +266,12 @@ def packflex_attention(
             f"attention dropout is {dropout} and packflex has none: set config.attention_dropout = 0 before building "
             "the model, or call model.eval()"
         )
+    if isinstance(packed, ShardedLayout):
+        out = sharded_attention(
+            query, key, value, packed, causal=causal, window=_window(module, sliding_window, causal), scale=scaling,
+            softcap=softcap, sinks=s_aux, backend=packflex_backend,
+        )  # fmt: skip
+        return out.transpose(1, 2), None
     if not _is_placeholder(attention_mask) and not torch.compiler.is_compiling():
         _check_direct_call(module, packed, attention_mask, position_ids)
     mask = document_mask(packed, causal=causal, window=_window(module, sliding_window, causal))
@@ -295,7 +305,7 @@ def _window(module: nn.Module, sliding_window: int | None, causal: bool) -> int 
 
 
 def _check_layout(packed: Any, rows: tuple[int, int], device: torch.device, what: str) -> None:
-    if not isinstance(packed, PackedLayout):
+    if not isinstance(packed, PackedLayout | ShardedLayout):
         raise TypeError(f"packed must be a packflex.PackedLayout; got {type(packed).__name__}")
     if (packed.batch_size, packed.seq_len) != rows:
         raise ValueError(

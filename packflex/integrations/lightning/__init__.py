@@ -1,6 +1,7 @@
 """Lightning: a callback that makes any LightningModule train on packed batches, and what the recipe is made of."""
 
 from packflex.integrations.lightning.callback import PackFlexCallback
+from packflex.integrations.lightning.context_parallel import ContextParallel
 from packflex.integrations.lightning.datamodule import PackedDataModule
 from packflex.integrations.lightning.guard import NonFiniteLossError, NonFiniteLossGuard
 from packflex.integrations.lightning.module import CausalLMModule
@@ -9,6 +10,7 @@ from packflex.integrations.lightning.signals import SaveOnSignal
 
 __all__ = [
     "CausalLMModule",
+    "ContextParallel",
     "NonFiniteLossError",
     "NonFiniteLossGuard",
     "PackFlexCallback",

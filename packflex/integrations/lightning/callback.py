@@ -14,6 +14,7 @@ from packflex.integrations.transformers import enable_packflex, transformers_mod
 from packflex.layout import PackedLayout
 from packflex.masks import document_mask
 from packflex.metrics import AttentionShape, Throughput, matmul_parameters, peak_flops
+from packflex.parallel.layout import ShardedLayout
 from packflex.testing.leaks import check_leaks
 
 OUT_OF_MEMORY = (
@@ -100,7 +101,7 @@ class PackFlexCallback(L.Callback):
             with trainer.precision_plugin.forward_context():
                 check_leaks(
                     self._model or pl_module,
-                    batch,
+                    _whole(batch),
                     forward=None if run is None else lambda probe: run(pl_module, probe),
                 )
         if not self._throughput.started:
@@ -149,25 +150,38 @@ class PackFlexCallback(L.Callback):
         if isinstance(exception, torch.OutOfMemoryError):
             exception.add_note(OUT_OF_MEMORY)
 
-    def _prepare(self, batch: Any) -> PackedLayout:
+    def _prepare(self, batch: Any) -> PackedLayout | ShardedLayout:
         packed = _packed(batch)
         for window in self._windows:
-            document_mask(packed, causal=True, window=window)
+            if isinstance(packed, ShardedLayout):
+                packed.exchange(causal=True, window=window)
+            else:
+                document_mask(packed, causal=True, window=window)
         return packed
 
-    def _flops(self, packed: PackedLayout) -> float:
+    def _flops(self, packed: PackedLayout | ShardedLayout) -> float:
         """Forward and backward FLOPs of a batch; 0 when the model's shape is not known."""
         if self._attention is None:
             return 0.0
         return 6.0 * self._parameters * packed.num_tokens + self._attention.flops(packed)
 
 
-def _packed(batch: Any) -> PackedLayout:
+def _packed(batch: Any) -> PackedLayout | ShardedLayout:
     packed = batch.get("packed") if isinstance(batch, Mapping) else None
-    if not isinstance(packed, PackedLayout):
+    if not isinstance(packed, PackedLayout | ShardedLayout):
         found = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
             f"PackFlexCallback needs batches with a PackedLayout under 'packed'; this one has {found}. "
             "Collate packed rows with packflex.data.collate.PackedCollator"
         )
     return packed
+
+
+def _whole(batch: Any) -> Any:
+    """A batch that the leak check takes tokens from; its probe is a small packed batch on each rank alone."""
+    packed = batch["packed"]
+    if not isinstance(packed, ShardedLayout):
+        return batch
+    tokens = batch["input_ids"][:, : packed.num_tokens]
+    layout = PackedLayout.from_lengths([[packed.num_tokens]]).to(tokens.device)
+    return {"input_ids": tokens, "position_ids": layout.position_ids, "packed": layout}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 
 from packflex.data.collate import PackedCollator
 from packflex.data.loader import PackedLoader
+from packflex.parallel.layout import shard_batch
 
 
 class PackedDataModule(L.LightningDataModule):
@@ -28,6 +31,8 @@ class PackedDataModule(L.LightningDataModule):
         num_workers: processes that read and collate.
         pin_memory: page-locked batches, for a GPU.
         heldout_batch_size: rows of a validation batch; `batch_size` by default.
+        context_parallel_size: ranks that share each batch; their documents are then split where they are long. Needs
+            the `ContextParallel` callback.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class PackedDataModule(L.LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
         heldout_batch_size: int | None = None,
+        context_parallel_size: int = 1,
     ) -> None:
         super().__init__()
         self.train, self.heldout = train, heldout
@@ -52,6 +58,9 @@ class PackedDataModule(L.LightningDataModule):
         self.heldout_batch_size = batch_size if heldout_batch_size is None else heldout_batch_size
         self._options: dict[str, Any] = {"seed": seed, "num_workers": num_workers, "pin_memory": pin_memory}
         self._order, self._token_cost = order, token_cost
+        if context_parallel_size < 1:
+            raise ValueError(f"context_parallel_size must be at least 1; got {context_parallel_size}")
+        self._sharing = context_parallel_size
         if heldout is None:  # Lightning validates wherever val_dataloader is overridden
             self.__dict__["val_dataloader"] = super().val_dataloader
 
@@ -65,4 +74,22 @@ class PackedDataModule(L.LightningDataModule):
 
     def _loader(self, rows: Any, batch_size: int, **order: Any) -> PackedLoader:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return PackedLoader(rows, self.collate, batch_size, rank=rank, world_size=ranks, **order, **self._options)
+        if ranks % self._sharing:
+            raise ValueError(f"context_parallel_size={self._sharing} must divide the number of ranks, {ranks}")
+        collate = self.collate if self._sharing == 1 else _Sharded(self.collate, self._sharing, rank % self._sharing)
+        return PackedLoader(
+            rows, collate, batch_size, rank=rank // self._sharing, world_size=ranks // self._sharing, **order,
+            **self._options,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Sharded:
+    """A collator of one rank's part of each batch; a class so that worker processes can have it."""
+
+    collate: PackedCollator
+    ranks: int
+    rank: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return shard_batch(self.collate(rows), self.ranks, self.rank)

@@ -179,7 +179,7 @@ def test_wrong_data(content, percent, message, place, tmp_path):
         (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such checkpoint; ckpt_path is a file that a run wrote"),
         (["ckpt_path=README.md"], "README.md: no checkpoint of this recipe"),
         (["attention=triton"], "attention.backend=triton trains on a GPU only"),
-        (["attention.backend=fast"], "attention.backend=fast must be one of triton, torch, reference"),
+        (["attention.backend=fast"], "attention.backend=fast must be one of hopper, triton, torch, reference"),
         (["trainer.max_steps=-1", "data.limit=9"], "the run has no end: set trainer.max_steps or trainer.max_epochs"),
     ],
 )

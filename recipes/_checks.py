@@ -73,7 +73,7 @@ def check_settings(config: DictConfig) -> None:
     backend = config.attention.backend
     if backend is not None and backend not in BACKENDS:
         raise SetupError(f"attention.backend={backend} must be one of {', '.join(BACKENDS)}, or null for the best one")
-    if backend in ("triton", "torch") and config.trainer.accelerator == "cpu":
+    if backend in ("hopper", "triton", "torch") and config.trainer.accelerator == "cpu":
         raise SetupError(f"attention.backend={backend} trains on a GPU only; use attention=auto, or trainer=gpu")
 
 

@@ -93,8 +93,8 @@ def make_peer(peer: str, work: Workload, layout: PackedLayout) -> tuple[Run, Cal
     """The peer's attention on this layout, and what builds its mask (None where the layout alone is enough)."""
     gqa = work.heads != work.kv_heads
     options: dict[str, Any] = {"enable_gqa": gqa}
-    if peer in ("packflex", "reference", "torch"):
-        backend = {"packflex": "triton"}.get(peer, peer)
+    if peer in ("packflex", "hopper", "triton", "reference", "torch"):
+        backend = None if peer == "packflex" else peer  # what a user gets who names none
 
         def build() -> Any:
             layout._block_masks.clear()
@@ -323,7 +323,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=NAMES + OTHER_NAMES, default=NAMES)
     parser.add_argument("--others", action="store_true", help="add the distributions that must not fall off")
-    parser.add_argument("--peers", nargs="+", choices=[*PEERS, "torch", "reference"], default=PEERS)
+    parser.add_argument("--peers", nargs="+", choices=[*PEERS, "hopper", "triton", "torch", "reference"], default=PEERS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default=None)
     parser.add_argument("--seq-len", type=int, default=None, help="shrink every row to this length")

@@ -1,7 +1,8 @@
-"""Time candidate tiles of each kernel on the attention workloads, for `packflex/attention/triton/tiles.py`.
+"""Time candidate tiles of each kernel on the attention workloads, for the tables in `packflex/attention/*/tiles.py`.
 
     python scripts/tune_tiles.py --out results                    # bf16, all six workloads
     python scripts/tune_tiles.py --workloads sft --kernels dkdv
+    python scripts/tune_tiles.py --backend hopper --out results   # the Gluon forward: see hopper_candidates.py
 
 Candidates are compiled first, in parallel processes, on a small problem of the same shapes; then each is timed with the
 other kernels at their defaults. Prints the fastest of each workload and kernel, and writes every time to JSON.
@@ -10,6 +11,7 @@ other kernels at their defaults. Prints the fastest of each workload and kernel,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import sys
@@ -34,6 +36,7 @@ CANDIDATES: dict[tuple[str, int], list[tuple[int, ...]]] = {
     ("dq", 128): [(64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
 }  # fmt: skip
 HEADS = (1, 4)
+KERNELS = {"triton": ["forward", "dkdv", "dq"], "hopper": ["forward"]}
 
 
 def candidates(kernel: str, work: Workload) -> list[tuple[int, ...]]:
@@ -87,15 +90,64 @@ def warm(job: tuple[str, tuple[int, ...], Workload]) -> str:
     return ""
 
 
+def tune_hopper(options: argparse.Namespace) -> dict[str, Any]:
+    """Check and time the candidates of the Hopper forward; prints a table of the fastest and of what failed."""
+    from hopper_candidates import MAX_ERROR, candidates, check_all, describe, time_all
+
+    works = {name: make_workload(name) for name in options.workloads}
+    record: dict[str, Any] = {"times": [], "failed": []}
+    jobs = []
+    for work in works.values():
+        for candidate in candidates(work.head_dim, work.heads // work.kv_heads):
+            job = (candidate, (2 * work.heads // work.kv_heads, 2))
+            if job not in jobs:
+                jobs.append(job)
+    verdicts = check_all(jobs, options.processes, options.seconds)
+    for (candidate, heads), why in zip(jobs, verdicts, strict=True):
+        if why:
+            record["failed"].append(f"{candidate}, heads {heads}: {why}")
+            print(f"FAILED {record['failed'][-1]}", flush=True)
+    good = {job for job, why in zip(jobs, verdicts, strict=True) if not why}
+    for name, work in works.items():
+        heads = (2 * work.heads // work.kv_heads, 2)
+        tiles = [c for c in candidates(work.head_dim, work.heads // work.kv_heads) if (c, heads) in good]
+        results, portable = time_all(name, tiles, options.repeats, options.seconds)
+        tflops = work.flops(False) / 1e9
+        timed = []
+        for candidate, result in zip(tiles, results, strict=True):
+            if isinstance(result, tuple) and result[1] <= MAX_ERROR:
+                timed.append((result[0], describe(candidate.tile)))
+                entry = {"workload": name, "tile": candidate.options, "ms": result[0], "error": result[1]}
+                record["times"].append(entry)
+            else:
+                record["failed"].append(f"{name}, {candidate}: {result}")
+                print(f"FAILED {record['failed'][-1]}", flush=True)
+        timed.sort()
+        print(f"{name} forward: portable {portable:.3f} ms {tflops / portable:.0f} TFLOP/s")
+        for ms, tile in timed[: options.shown]:
+            print(f"    {ms:8.3f} ms {tflops / ms:5.0f} TFLOP/s  {tile}", flush=True)
+    return record
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--kernels", nargs="+", choices=["forward", "dkdv", "dq"], default=["forward", "dkdv", "dq"])
+    parser.add_argument("--backend", choices=list(KERNELS), default="triton")
+    parser.add_argument("--kernels", nargs="+", choices=sorted({*itertools.chain(*KERNELS.values())}), default=None)
     parser.add_argument("--processes", type=int, default=14)
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--shown", type=int, default=5, help="fastest candidates to print")
+    parser.add_argument("--seconds", type=float, default=120, help="longest silence of a process (hopper)")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
+    options.kernels = options.kernels or KERNELS[options.backend]
+    if set(options.kernels) - set(KERNELS[options.backend]):
+        parser.error(f"the kernels of --backend {options.backend} are {', '.join(KERNELS[options.backend])}")
+    if options.backend == "hopper":
+        record = tune_hopper(options)
+        title = versions(torch.device("cuda"))  # last: its processes are forked, and CUDA must be new in each
+        print(title)
+        return write(record | {"title": title}, options.out, "hopper_tiles.json")
     works = {name: make_workload(name) for name in options.workloads}
 
     jobs, seen = [], set()
@@ -126,9 +178,13 @@ def main() -> int:
             tflops = work.flops(kernel != "forward") / 1e9
             best = "; ".join(f"{c} {ms:.3f} ms {tflops / ms:.0f}" for ms, c in times[: options.shown])
             print(f"{name:<9} {kernel:<8} {best}", flush=True)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "tiles.json").write_text(json.dumps(record, indent=1))
+    return write(record, options.out, "tiles.json")
+
+
+def write(record: dict[str, Any], folder: Path | None, name: str) -> int:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(record, indent=1))
     return 0
 
 

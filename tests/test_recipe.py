@@ -195,7 +195,7 @@ def test_wrong_data(content, percent, message, place, tmp_path):
             ["trainer.context_parallel_size=2"],
             "trainer.context_parallel_size=2 must divide the number of processes, 1;",
         ),
-        (["attention.backend=fast"], "attention.backend=fast must be one of triton, torch, reference"),
+        (["attention.backend=fast"], "attention.backend=fast must be one of hopper, triton, torch, reference"),
         (["trainer.max_steps=-1", "data.limit=9"], "the run has no end: set trainer.max_steps or trainer.max_epochs"),
     ],
 )

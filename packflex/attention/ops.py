@@ -31,11 +31,15 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Interval attention: out [B, Hq, S, Dv] and lse [B, Hq, S]; arguments as `reference.reference_forward`.
 
-    `backend` is "reference" or "triton"; `tiles` the Triton tiles as `KernelTiles.to_list`, empty for the tables;
-    `long_spans` a hint for the tables, see `BlockMask`.
+    `backend` is "reference", "triton" or "hopper"; `tiles` that backend's tiles as its `tile_list` makes them, empty
+    for the tables; `long_spans` a hint for the tables, see `BlockMask`.
     """
     if backend == "reference":
         return reference.reference_forward(q, k, v, kv_intervals, sinks, scale, softcap)
+    if backend == "hopper":
+        from packflex.attention.hopper.launch import launch_forward as launch_hopper_forward
+
+        return launch_hopper_forward(q, k, v, kv_intervals, sinks, scale, softcap, tiles, long_spans)
     from packflex.attention.triton.launch import launch_forward  # Triton only where it runs
 
     return launch_forward(q, k, v, kv_intervals, sinks, scale, softcap, tiles, long_spans)
@@ -85,6 +89,8 @@ def attention_backward(
     else:
         from packflex.attention.triton.launch import launch_backward  # Triton only where it runs
 
+        if backend == "hopper":  # a forward so far: the portable kernels are its backward, and its tiles mean nothing
+            tiles = []
         grad_q, grad_k, grad_v, delta = launch_backward(
             grad_out, grad_lse, q, k, v, out, lse, kv_intervals, q_intervals, scale, softcap, tiles, long_spans
         )

@@ -69,8 +69,8 @@ def enable_packflex(model: nn.Module, backend: str | None = None) -> None:
 
     Args:
         model: a transformers causal language model, or a module that contains one or more.
-        backend: backend of `packflex.flex_attention` on packed calls: "triton", "torch" or "reference"; None picks
-            the best for the device. `model(..., packflex_backend="reference")` overrides it for one call.
+        backend: backend of `packflex.flex_attention` on packed calls: "hopper", "triton", "torch" or "reference"; None
+            picks the best for the device. `model(..., packflex_backend="reference")` overrides it for one call.
 
     Raises:
         ValueError: an unknown backend, or no transformers model inside `model`.

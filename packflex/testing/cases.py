@@ -28,7 +28,7 @@ class AttentionCase:
         softcap: of `flex_attention`.
         sinks: whether there are sinks.
         memory: "bshd" (as models hand them over), "bhsd" (contiguous) or "fused" (slices of one projection).
-        kernel_options: tiles, to reach many blocks at small sizes.
+        kernel_options: tiles of a Triton or Hopper backend, to reach many blocks at small sizes.
     """
 
     name: str
@@ -107,7 +107,7 @@ def check_against_oracle(
     if poison is not None:
         q, k, v = (x.detach().masked_fill(padded.to(device), poison).requires_grad_() for x in (q, k, v))
     mask = document_mask(layout.to(device), **case.mask_arguments)
-    options = case.kernel_options if backend == "triton" else None
+    options = case.kernel_options if backend in ("triton", "hopper") else None
     out, lse = flex_attention(
         q,
         k,

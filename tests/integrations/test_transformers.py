@@ -375,5 +375,5 @@ def test_what_is_not_computed() -> None:
         packflex_attention(layer, x, x, x, None, position_bias=torch.zeros(4, 4))
     with pytest.raises(NotImplementedError, match='use attn_implementation="eager"'):
         packflex_attention(layer, x, x, x, None, output_attentions=True)
-    with pytest.raises(ValueError, match="backend must be one of 'triton', 'torch', 'reference' or None; got 'flash'"):
+    with pytest.raises(ValueError, match="one of 'hopper', 'triton', 'torch', 'reference' or None; got 'flash'"):
         enable_packflex(tiny_model("llama"), backend="flash")

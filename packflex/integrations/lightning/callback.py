@@ -35,7 +35,8 @@ class PackFlexCallback(L.Callback):
     model's shape are known, `throughput/mfu`, from the exact FLOPs of each batch.
 
     Args:
-        backend: of `packflex.flex_attention`: "triton", "torch" or "reference"; the best for the device when None.
+        backend: of `packflex.flex_attention`: "hopper", "triton", "torch" or "reference"; the best for the device when
+            None.
         leak_check: check that documents do not leak, once, and stop training with the finding if they do.
         forward: for modules without a transformers model, `forward(module, batch) -> logits` that the leak check
             runs; by default it calls the module with the batch's `input_ids`, `position_ids` and `packed`.

@@ -1,0 +1,129 @@
+"""Ahead-of-time compilation of the Hopper kernels for sm_90, without a GPU: registers, spills, warnings."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from packflex.attention.hopper.forward import _hopper_fwd_kernel
+from packflex.attention.hopper.launch import box_layout, forward_constants, launch_options
+from packflex.attention.hopper.order import _work_order_kernel
+from packflex.attention.hopper.tiles import ROWS, ForwardTile
+from packflex.attention.triton.aot import Compiled, _assemble
+
+
+@dataclass(frozen=True)
+class CompiledHopper(Compiled):
+    """`Compiled`, and `loop_spills`: most instructions that move spilled registers in a loop over unmasked blocks.
+
+    Spills elsewhere cost a few cycles a tile of thousands; ptxas makes some where the roles of the warps part. Two such
+    instructions in a loop of more than 400, reloads of its bound and the like, are let pass.
+    """
+
+    loop_spills: int = 0
+
+    @property
+    def clean(self) -> bool:
+        """No spills in the loops over unmasked blocks but two reloads, and no serialised wgmma (ptxas C75xx)."""
+        return self.loop_spills <= 2 and not self.serialised
+
+
+TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def descriptor_type(block: list[int], dtype: torch.dtype) -> str:
+    """The signature of a TMA descriptor for boxes of shape `block`."""
+    return f"tensordesc<{TYPE_NAMES[dtype]}{block},{box_layout(block, dtype)!r}>"
+
+
+def compile_forward(
+    tile: ForwardTile, dtype: torch.dtype, head_dim: int, group: int = 4, *, softcap: bool = False, sinks: bool = False
+) -> CompiledHopper:
+    """Compile the forward kernel for sm_90 and report on it.
+
+    Raises:
+        RuntimeError: a kernel that does not assemble.
+    """
+    heads = tile.heads(group)
+    rows = descriptor_type([1, ROWS // heads, heads, head_dim], dtype)
+    keys = descriptor_type([1, tile.block_n, 1, head_dim], dtype)
+    signature = {"q_desc": rows, "o_desc": rows, "k_desc": keys, "v_desc": keys}
+    constants = forward_constants(tile, head_dim, group, softcap, sinks)
+    return _compile(_hopper_fwd_kernel, signature, constants, launch_options(tile), gluon=True)
+
+
+def compile_order(rows: int, columns: int) -> CompiledHopper:
+    """Compile the kernel of the work order and report on it."""
+    return _compile(_work_order_kernel, {}, {"ROWS": rows, "COLUMNS": columns, "TILES": 64}, {"num_warps": 4})
+
+
+def _compile(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any], gluon: bool = False
+) -> CompiledHopper:
+    signature: dict[str, str] = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in types:
+            signature[name] = types[name]
+        elif name in ("sm", "cap_in", "cap_out"):
+            signature[name] = "fp32"
+        elif name in ("KV_LO", "KV_HI", "INTERVALS", "RECORDS", "records"):
+            signature[name] = "*i32"
+        elif name.isupper():
+            signature[name] = "*fp32"
+        else:
+            signature[name] = "i32"
+    kind = GluonASTSource if gluon else ASTSource
+    source = kind(fn=kernel, signature=signature, constexprs=constants, attrs={})  # as at launch: no alignment is known
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    log = _assemble(compiled.asm["ptx"], 90)
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
+    loop_spills = _loop_spills(compiled.asm["cubin"])
+    return CompiledHopper(kernel.fn.__name__, registers, spills, compiled.metadata.shared, "C75" in log, loop_spills)
+
+
+def _loop_spills(cubin: bytes) -> int:
+    """Local loads and stores in the loops over unmasked blocks: the shortest third of the innermost wgmma loops.
+
+    Each consumer has three such loops: unmasked blocks, and masked ones before and after them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(path)]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = [
+        (int(m[1], 16), m[2])
+        for line in listing.splitlines()
+        if (m := re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", line))
+    ]
+    end = max(address for address, text in code if "EXIT" in text)  # what waits for barriers lies behind it
+    loops = []
+    for address, text in code:
+        branch = re.search(r"\bBRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < address < end:
+            body = [line for at, line in code if int(branch[1], 16) <= at <= address]
+            loops.append((int(branch[1], 16), address, body))
+    loops = [loop for loop in loops if any("HGMMA" in line for line in loop[2])]
+    inner = [
+        a
+        for a in loops
+        if not any(b is not a and a[0] <= b[0] and b[1] <= a[1] and len(b[2]) < len(a[2]) for b in loops)
+    ]
+    if not inner:
+        return 0
+    products = [sum("HGMMA" in line for line in body) for _, _, body in inner]
+    bodies = sorted((body for (_, _, body), n in zip(inner, products, strict=True) if n == max(products)), key=len)
+    return max(sum("LDL" in line or "STL" in line for line in body) for body in bodies[: max(1, len(bodies) // 3)])

@@ -1,0 +1,92 @@
+"""Work order: the tiles of each row of a batch, longest first, made on the device in one small kernel.
+
+The record of a tile is four int32: first row, first column, blocks, last column start. A tile visits `blocks` blocks of
+columns from its first column on. No block starts past the last column start: the last block of a row is moved back so
+that it ends with the row's last visible column, and what it holds of its neighbour is masked. So tokens that nothing
+sees, a padded tail, are never read, and may hold NaN. The start of a moved block may be negative; TMA fills with zeros
+there.
+
+Rows of 8 tokens, all one causal document of 6, tiles of 2 rows and blocks of 2 columns::
+
+    (4, 0, 3, 4), (2, 0, 2, 4), (0, 0, 1, 4), (6, 6, 0, 4)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+RECORD = 4
+_TILES = 64  # tiles ranked by one program, and compared with at a time
+
+
+@triton.jit
+def _blocks_of(LO, HI, o_tile, tiles, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """First column and number of blocks of tiles; tiles that do not exist have -1 blocks."""
+    m = o_tile < tiles
+    lo = tl.load(LO + o_tile * ROWS, mask=m, other=0)
+    hi = tl.load(HI + tl.minimum(o_tile * ROWS + ROWS, length) - 1, mask=m, other=0)
+    return lo, tl.where(m, (tl.maximum(hi - lo, 0) + COLUMNS - 1) // COLUMNS, -1)
+
+
+@triton.jit(
+    do_not_specialize=["stride_plane", "stride_b", "tiles", "length"],
+    do_not_specialize_on_alignment=["INTERVALS", "RECORDS"],
+)
+def _work_order_kernel(
+    INTERVALS, RECORDS, stride_plane, stride_b, tiles, length,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Records of TILES tiles of a row of the batch, each written at its rank among all tiles of the row."""
+    i_b = tl.program_id(1)
+    p_lo = INTERVALS + i_b.to(tl.int64) * stride_b
+    p_hi = p_lo + stride_plane
+    o_tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    lo, blocks = _blocks_of(p_lo, p_hi, o_tile, tiles, length, ROWS, COLUMNS)
+    rank = tl.zeros([TILES], tl.int32)
+    for start in range(0, tiles, TILES):
+        o_other = start + tl.arange(0, TILES)
+        _, other = _blocks_of(p_lo, p_hi, o_other, tiles, length, ROWS, COLUMNS)
+        # Ties go to the later tile: neighbours of one document stay together, and share K and V in the L2.
+        ahead = (other[None, :] > blocks[:, None]) | (
+            (other[None, :] == blocks[:, None]) & (o_other[None, :] > o_tile[:, None])
+        )
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    m = o_tile < tiles
+    p = RECORDS + (i_b.to(tl.int64) * tiles + rank) * 4
+    last = tl.load(p_hi + length - 1) - COLUMNS
+    tl.store(p, o_tile * ROWS, mask=m)
+    tl.store(p + 1, lo, mask=m)
+    tl.store(p + 2, blocks, mask=m)
+    tl.store(p + 3, tl.zeros([TILES], tl.int32) + last, mask=m)
+
+
+def work_order(intervals: Tensor, rows: int, columns: int) -> Tensor:
+    """Records of every tile, int32 [B, T, 4], those of each batch row ordered by falling number of blocks.
+
+    Args:
+        intervals: int32 [2, B, S] with a contiguous last axis: first column and end of the columns of each row.
+        rows: rows of a tile (positions, for queries).
+        columns: columns of a block.
+    """
+    _, batch, length = intervals.shape
+    tiles = triton.cdiv(length, rows)
+    records = torch.empty((batch, tiles, RECORD), dtype=torch.int32, device=intervals.device)
+    _work_order_kernel[(triton.cdiv(tiles, _TILES), batch)](
+        intervals, records, intervals.stride(0), intervals.stride(1), tiles, length,
+        ROWS=rows, COLUMNS=columns, TILES=_TILES, num_warps=4,
+    )  # fmt: skip
+    return records
+
+
+def units_per_section(kv_heads: int, kv_len: int, head_dim: int, group_tiles: int, budget: int = 16 << 20) -> int:
+    """How many (KV head, head subgroup) units of a batch row are worked on side by side.
+
+    All the tiles of a section come before those of the next, so that the K and V that are in use at a time stay
+    within `budget` bytes of the L2. A divisor of `kv_heads` times `group_tiles`.
+    """
+    wanted = max(1, budget // (kv_len * head_dim * 4))
+    section = max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= wanted)
+    return section * group_tiles

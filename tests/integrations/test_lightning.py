@@ -350,6 +350,25 @@ def test_two_ranks_end_together_when_rows_do_not_divide(tmp_path, order):
     assert all(0 < loss < 10 for loss in ranks[0][1])
 
 
+@pytest.mark.slow
+def test_one_and_two_ranks_have_the_same_losses_at_the_same_global_batch(tmp_path):
+    """Six steps of four rows: one rank with batches of four, two ranks with batches of two."""
+    curves = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        data = PackedDataModule(packed_rows(), seq_len=SEQ_LEN, batch_size=4 // ranks, seed=7)
+        strategy = {"devices": 2, "strategy": "ddp_fork"} if ranks == 2 else {}
+        callbacks = [PackFlexCallback(leak_check=False), CountSteps(folder)]
+        trainer(folder, callbacks, max_steps=6, **strategy).fit(CausalLMModule(tiny_model(), SGD), data)
+        curves.append(torch.load(folder / "rank0.pt")[1])
+    assert len(curves[0]) == len(curves[1]) == 6
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[0][0] != pytest.approx(curves[0][-1], rel=1e-3), (
+        "the weights move, so later losses depend on gradients"
+    )
+
+
 def test_a_stream_trains_and_resumes(tmp_path):
     """PackedStream under Lightning: exact length, and after a resume the losses that would have come."""
     documents = Dataset.from_dict({"input_ids": [[1 + i % 60] * (2 + i % 20) for i in range(90)]})

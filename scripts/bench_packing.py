@@ -145,19 +145,26 @@ def measure_order(lengths: np.ndarray, seq_len: int, token_cost: float) -> list[
 
 
 def plot(results: list[dict[str, float | str]], path: Path, title: str) -> None:
-    """Speed against efficiency, a point an algorithm."""
+    """Padding and speed of each algorithm, as bars."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for result in results:
-        ours = str(result["algorithm"]).startswith("packflex")
-        x, y = float(result["documents_per_second"]), 100 * float(result["efficiency"])
-        axes.scatter(x, y, color="#2f6fb3" if ours else "#d9772b", zorder=3)
-        axes.annotate(str(result["algorithm"]), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axes.set(xscale="log", xlabel="documents a second (one core)", ylabel="efficiency, %", title=title)
-    axes.margins(0.25)
-    axes.grid(True, color="#e4e7eb")
+    names = [str(result["algorithm"]) for result in results]
+    colors = ["#2f6fb3" if name.startswith("packflex") else "#d9772b" for name in names]
+    padding = [100 * (1 - float(result["efficiency"])) for result in results]
+    speed = [float(result["documents_per_second"]) / 1e6 for result in results]
+    figure = Figure(figsize=(9, 3.2), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for column, (values, label, text) in enumerate(
+        [(padding, "padding, % of the rows", "{:.3f}%"), (speed, "million documents a second, one core", "{:.1f}")]
+    ):
+        axes = figure.add_subplot(1, 2, column + 1)
+        axes.barh(names, values, color=colors)
+        for row, value in enumerate(values):
+            axes.annotate(text.format(value), (value, row), textcoords="offset points", xytext=(3, -3), fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.set_xlabel(label)
+        axes.tick_params(labelsize=8, labelleft=column == 0)
     figure.savefig(path)
 
 

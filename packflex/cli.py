@@ -192,8 +192,8 @@ def pack(
     from packflex.data.engines import LocalEngine, RayEngine
     from packflex.data.sources import guess_kind, read_documents
     from packflex.data.tokenizer import load_tokenizer
-    from packflex.data.write import load_packed
-    from packflex.inspect import summarise
+    from packflex.data.write import read_tables
+    from packflex.inspect import summarise_tables
     from packflex.render import progress_bars, report_table
 
     kind = guess_kind(inputs)
@@ -230,7 +230,8 @@ def pack(
             engine=runner,
             progress=progress,
         )
-    _console().print(report_table(f"packed into {output}", summarise(load_packed(output).dataset, seq_len), manifest))
+    report = summarise_tables(read_tables(output, ("labels", "lengths")), seq_len)
+    _console().print(report_table(f"packed into {output}", report, manifest))
 
 
 @app.command("inspect")

@@ -6,7 +6,7 @@ is not stored; a row that does not fill `seq_len` is padded when a batch is made
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import numpy as np
 from packflex.data.labels import IGNORED
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -83,11 +84,16 @@ def summarise(packed: Dataset, seq_len: int) -> PackedReport:
     Raises:
         ValueError: no row, or a row whose lengths do not add up to its tokens or exceed `seq_len`.
     """
-    if not len(packed):
-        raise ValueError("the packed data set has no row; pack at least one document")
+    return summarise_tables(packed.select_columns(["labels", "lengths"]).with_format("arrow").iter(1000), seq_len)
+
+
+def summarise_tables(tables: Iterable[pa.Table], seq_len: int) -> PackedReport:
+    """As `summarise`, of Arrow tables with the columns labels and lengths, one after the other."""
     lengths, tokens, counts, supervised = [], [], [], []
     silent = 0
-    for batch in packed.select_columns(["labels", "lengths"]).with_format("arrow").iter(batch_size=1000):
+    for batch in tables:
+        if not len(batch):
+            continue
         per_row = batch["lengths"].combine_chunks()
         labels = batch["labels"].combine_chunks()
         offsets = labels.offsets.to_numpy() - labels.offsets[0].as_py()
@@ -101,6 +107,8 @@ def summarise(packed: Dataset, seq_len: int) -> PackedReport:
         # Clipped, because lengths that do not add up are reported below and not here.
         document_ends = np.minimum(np.concatenate([[0], np.cumsum(sizes)]), len(is_supervised))
         silent += int((np.diff(sums[document_ends]) == 0).sum())
+    if not counts:
+        raise ValueError("the packed data set has no row; pack at least one document")
     all_lengths, all_counts, all_tokens = (np.concatenate(x).astype(np.int64) for x in (lengths, counts, tokens))
     ends = np.concatenate([[0], np.cumsum(all_counts)])
     filled = np.diff(np.concatenate([[0], np.cumsum(all_lengths)])[ends])
@@ -115,14 +123,14 @@ def summarise(packed: Dataset, seq_len: int) -> PackedReport:
     pairs = np.concatenate([[0], np.cumsum(all_lengths * (all_lengths + 1) // 2)])
     total = int(all_tokens.sum())
     return PackedReport(
-        rows=len(packed),
+        rows=len(all_counts),
         seq_len=seq_len,
         documents=len(all_lengths),
         tokens=total,
         supervised_tokens=int(per_row_supervised.sum()),
         unsupervised_documents=silent,
-        efficiency=total / (len(packed) * seq_len),
-        padding=len(packed) * seq_len - total,
+        efficiency=total / (len(all_counts) * seq_len),
+        padding=len(all_counts) * seq_len - total,
         documents_per_row=Spread.of(all_counts),
         supervised_per_row=Spread.of(per_row_supervised),
         pairs_per_row=Spread.of(np.diff(pairs[ends])),

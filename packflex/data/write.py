@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -282,6 +282,33 @@ def load_packed(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = No
             "copy or pack the data set again"
         )
     return PackedData(dataset, manifest)
+
+
+def read_tables(path: str | Path, columns: Sequence[str] = _COLUMNS, rows: int = 1000) -> Iterator[pa.Table]:
+    """The rows of a packed data set as Arrow tables, straight from its shards, without the cache of `datasets`.
+
+    Args:
+        path: the folder.
+        columns: of input_ids, labels and lengths.
+        rows: of a table, at most.
+
+    Raises:
+        DataError: as `read_manifest`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = Path(path).expanduser()
+    manifest = read_manifest(folder)
+    for name in manifest.files:
+        if manifest.file_format == "parquet":
+            with pq.ParquetFile(folder / name) as file:
+                for batch in file.iter_batches(rows, columns=list(columns)):
+                    yield pa.Table.from_batches([batch])
+        else:
+            with pa.memory_map(str(folder / name)) as source:
+                for batch in pa.ipc.open_stream(source):
+                    yield pa.Table.from_batches([batch]).select(list(columns))
 
 
 class DocumentsDigest:

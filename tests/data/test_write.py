@@ -11,7 +11,7 @@ import packflex
 from packflex.data import write
 from packflex.data.errors import DataError
 from packflex.data.tokenizer import tokenizer_fingerprint, train_tokenizer
-from packflex.data.write import documents_fingerprint, load_packed, read_manifest, write_packed
+from packflex.data.write import documents_fingerprint, load_packed, read_manifest, read_tables, write_packed
 
 disable_progress_bars()
 
@@ -60,6 +60,8 @@ def test_what_is_written_is_read(tmp_path, tokenizer, monkeypatch, file_format, 
     data = load_packed(tmp_path / "out", tokenizer)
     assert data.dataset.to_list() == ROWS
     assert data.manifest == manifest == read_manifest(tmp_path / "out")
+    assert [row for table in read_tables(tmp_path / "out", rows=7) for row in table.to_pylist()] == ROWS
+    assert next(read_tables(tmp_path / "out", ["lengths"])).column_names == ["lengths"]
     assert (len(manifest.files) == 1) == (shard_bytes == 2**29)
     assert [*sorted(manifest.files), "manifest.json"] == sorted(os.listdir(tmp_path / "out"))
 

@@ -258,7 +258,7 @@ class PackedLayout:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedLayout:
         """The same layout with its tensors on `device`; itself when they are there already."""
-        if self.cu_seqlens.device == torch.device(device):
+        if is_on(self.cu_seqlens.device, device):
             return self
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
@@ -353,3 +353,11 @@ def _as_rows(ids: Tensor, name: str) -> np.ndarray:
 def _excerpt(values: Sequence[int], shown: int = 8) -> str:
     text = ", ".join(map(str, values[:shown]))
     return text if len(values) <= shown else f"{text}, ... {len(values) - shown} more"
+
+
+def is_on(device: torch.device, wanted: torch.device | str) -> bool:
+    """Whether `device` is the one that is wanted; "cuda" means the current one, which tensors name by its number."""
+    wanted = torch.device(wanted)
+    if wanted.type != device.type or wanted.type != "cuda":
+        return wanted.type == device.type
+    return device.index == (torch.cuda.current_device() if wanted.index is None else wanted.index)

@@ -99,7 +99,14 @@ def check_checkpoint(path: str | None, max_steps: int) -> int:
     Raises:
         SetupError: no such file or (sharded) folder, a file that is no checkpoint, or one of a run that is over.
     """
-    if path is None or Path(path).is_dir():
+    if path is None:
+        return 0
+    if Path(path).is_dir():
+        if not (Path(path) / ".metadata").is_file():
+            raise SetupError(
+                f"{path}: a folder that is no sharded checkpoint; ckpt_path is a file such as checkpoints/last.ckpt, "
+                "or the folder that trainer=fsdp wrote in its place"
+            )
         return 0
     if not Path(path).exists():
         raise SetupError(

@@ -39,6 +39,7 @@ from _data import DocumentNames, PackedSplits, prepare, say
 from _sharding import ShardedCausalLMModule, whole_state
 from hydra.errors import HydraException
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -63,8 +64,8 @@ from packflex.testing.leaks import LeakError
 
 # packflex and torch raise ValueError and NotImplementedError for arguments that cannot be used.
 USER_ERRORS = (
-    ValueError, NotImplementedError, LeakError, NonFiniteLossError, torch.OutOfMemoryError, HydraException,
-    OmegaConfBaseException,
+    ValueError, NotImplementedError, LeakError, NonFiniteLossError, torch.OutOfMemoryError, MisconfigurationException,
+    HydraException, OmegaConfBaseException,
 )  # fmt: skip
 # What Lightning warns of that is meant here: no workers for rows in memory, metrics.csv beside Hydra's own files, a
 # resumed run that writes to a folder of its own, no held-out documents.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 from packflex import PackedLayout
+from packflex.layout import is_on
 
 rows_of_lengths = st.lists(st.lists(st.integers(1, 12), max_size=6), min_size=1, max_size=4).filter(any)
 
@@ -133,3 +134,12 @@ def test_repr_says_what_matters():
 def test_errors_show_the_offending_numbers(make, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make()
+
+
+def test_a_device_by_another_name_is_the_same():
+    layout = PackedLayout.from_lengths([[3]])
+    assert layout.to("cpu:0") is layout
+    assert is_on(torch.device("cpu"), "cpu:0")
+    assert not is_on(torch.device("cpu"), "meta")
+    assert is_on(torch.device("cuda:1"), "cuda:1")
+    assert not is_on(torch.device("cuda:1"), "cuda:0")

@@ -187,6 +187,7 @@ def test_wrong_data(content, percent, message, place, tmp_path):
         (["optimizer.lr=-1"], "optimizer.lr=-1 must be a number above 0"),
         (["model.path=./nowhere"], "./nowhere: no such folder; model.path needs"),
         (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such checkpoint; ckpt_path is a file that a run wrote"),
+        (["ckpt_path=docs"], "docs: a folder that is no sharded checkpoint; ckpt_path is a file such as"),
         (["ckpt_path=README.md"], "README.md: no checkpoint of this recipe"),
         (["attention=triton"], "attention.backend=triton trains on a GPU only"),
         (["module.loss=fused"], "module.loss=fused must be one of logits, chunked, liger"),
@@ -466,3 +467,11 @@ def test_two_processes_share_rows(place, tmp_path):
     assert two["loss_start"] == pytest.approx(one["loss_start"], rel=1e-5)
     assert two["loss_end"] == pytest.approx(one["loss_end"], rel=1e-3)
     assert two["loss_end"] < two["loss_start"]
+
+
+def test_resuming_epochs_that_are_over(place, tmp_path):
+    base = small(place, "trainer.max_steps=-1")
+    recipe.finetune(composed(tmp_path / "two", *base, "trainer.max_epochs=2"))
+    checkpoint = tmp_path / "two" / "checkpoints" / "last.ckpt"
+    with pytest.raises(recipe.USER_ERRORS, match="max_epochs"):
+        recipe.finetune(composed(tmp_path / "one", *base, "trainer.max_epochs=1", f"ckpt_path={checkpoint}"))

@@ -126,6 +126,11 @@ def build_packed(
             plan = run.plan(seq_len, strategy, overflow, seed)
             fingerprint = run.fingerprint(plan)
             files, counts = run.write(plan, fingerprint, file_format)
+            if not counts["supervised"]:
+                raise DataError(
+                    f"rows of {seq_len} tokens with overflow {overflow} cut off every supervised token; raise "
+                    "--seq-len, or choose --overflow split"
+                )
             manifest = run.manifest(plan, fingerprint, files, counts, sources, file_format)
             with written_whole(run.rows / MANIFEST_NAME) as path:
                 path.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")

@@ -51,8 +51,8 @@ def pack_dataset(
         document of the row). The label of a document's first token is -100: nothing in the row predicts it.
 
     Raises:
-        ValueError: no `input_ids`, no documents, an empty document, labels or masks of another length, all with the
-            number of the offending document.
+        ValueError: no `input_ids`, no documents, an empty or padded document, labels or masks of another length, a plan
+            for documents of other lengths; all with the number of the offending document.
         TypeError: a column that does not hold lists of integers.
 
     Example:
@@ -61,6 +61,7 @@ def pack_dataset(
         [[7], [4, 3]]
     """
     tokens = _TokenColumn(dataset, "input_ids")
+    _refuse_padding(dataset)
     supervision = _supervision_column(dataset)
     marks = None if supervision is None else _TokenColumn(dataset, supervision)
     if marks is not None:
@@ -69,6 +70,8 @@ def pack_dataset(
         plan = _plan(tokens.lengths, seq_len, strategy, overflow, seed)
     elif plan.num_documents != len(tokens.lengths):
         raise ValueError(f"the plan is for {plan.num_documents} documents; the data set has {len(tokens.lengths)}")
+    else:
+        plan.validate(tokens.lengths)  # as many documents of other lengths would be mixed up
     tables = list(_tables(plan, tokens, marks, is_mask=supervision in MASK_COLUMNS))
     packed = Dataset(pa.concat_tables(tables), info=datasets.DatasetInfo(features=_FEATURES))
     _report(plan)
@@ -156,6 +159,24 @@ class _TokenColumn:
             target = np.repeat(ends[here] - sizes, sizes) + ramp
             out[target] = self.values[chunk][np.repeat(source, sizes) + ramp]
         return out
+
+
+def _refuse_padding(dataset: Dataset) -> None:
+    """Padding is no text: it would be trained on, and packed as if it were."""
+    if "attention_mask" not in dataset.column_names:
+        return
+    document = 0
+    for batch in dataset.select_columns(["attention_mask"]).with_format("arrow").iter(10_000):
+        for chunk in batch["attention_mask"].chunks:
+            values = chunk.flatten().to_numpy(zero_copy_only=False)
+            if len(values) and not values.all():
+                ends = np.cumsum(chunk.value_lengths().to_numpy(zero_copy_only=False))
+                at = document + int(np.searchsorted(ends, int(np.argmin(values != 0)), side="right"))
+                raise ValueError(
+                    f"document {at} is padded (its attention_mask has zeros): tokenise without padding, packing needs "
+                    "none"
+                )
+            document += len(chunk)
 
 
 def _supervision_column(dataset: Dataset) -> str | None:

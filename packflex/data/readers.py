@@ -98,6 +98,8 @@ def read_jsonl(file: Path) -> Iterator[Record]:
                 f"{source}: not valid JSON ({error.msg} at column {error.colno}); "
                 "each line must be one whole JSON object: fix or remove it"
             ) from error
+        except ValueError as error:  # a number of thousands of digits
+            raise DataError(f"{source}: a number that is too long to read; fix or remove the line") from error
         except RecursionError as error:
             raise DataError(f"{source}: JSON nested too deeply to read; fix or remove the line") from error
         if not isinstance(value, dict):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from packflex.layout import is_on
 from packflex.masks.intervals import tile_ranges
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -285,7 +286,7 @@ class BlockMask:
         Raises:
             ValueError: for a list mask that would change device: its `mask_mod` may hold tensors of its own.
         """
-        if self.device == torch.device(device):
+        if is_on(self.device, device):
             return self
         if self.kv_intervals is None or self.q_intervals is None:
             raise ValueError(

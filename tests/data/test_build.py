@@ -267,5 +267,8 @@ def test_nothing_left(source, tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"empty.jsonl:1: no supervised token: the completion is empty"):
         pack(empty, tmp_path / "other", tokenizer)
     assert not (tmp_path / ".other.packing").exists(), "nothing was worth keeping"
+    with pytest.raises(DataError, match="overflow truncate cut off every supervised token; raise --seq-len"):
+        pack(source, tmp_path / "cut", tokenizer, seq_len=4, overflow="truncate")
+    assert not (tmp_path / "cut").exists()
     with pytest.raises(ValueError, match="strategy"):
         plan_rows([1], 8, "worst_fit")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from packflex import pack_dataset
 from packflex.data.collate import PackedCollator, PaddedCollator
 from packflex.data.pack import plan_dataset
+from packflex.packing import best_fit
 
 
 def documents_of(lengths, **columns):
@@ -128,3 +129,18 @@ def test_padded_batch():
         PaddedCollator(pad_to=2)(documents)
     with pytest.raises(ValueError, match="input_ids has 1 tokens, labels 2"):
         PaddedCollator()([{"input_ids": [1], "labels": [1, 2]}])
+
+
+def test_a_plan_for_other_lengths_is_refused():
+    documents = Dataset.from_dict({"input_ids": [[1, 2], [3, 4, 5], [6]]})
+    for lengths in ([3, 3, 1], [2, 2, 1], [2, 3, 9]):
+        with pytest.raises(ValueError, match=r"document|row|piece"):
+            pack_dataset(documents, plan=best_fit(lengths, 16, seed=None))
+
+
+def test_padded_documents_are_refused():
+    padded = {"input_ids": [[1, 2], [1, 2, 3, 0, 0]], "attention_mask": [[1, 1], [1, 1, 1, 0, 0]]}
+    with pytest.raises(ValueError, match=r"document 1 is padded \(its attention_mask has zeros\)"):
+        pack_dataset(Dataset.from_dict(padded), 8)
+    whole = padded | {"attention_mask": [[1, 1], [1] * 5]}
+    assert pack_dataset(Dataset.from_dict(whole), 8, seed=None)["lengths"] == [[5, 2]]

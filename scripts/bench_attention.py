@@ -307,6 +307,14 @@ def plot(results: list[Result], title: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def write_results(results: list[Result], title: str, out: Path) -> None:
+    """`attention.json` and `attention.png` in the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"title": title, "results": [asdict(result) for result in results]}
+    (out / "attention.json").write_text(json.dumps(record, indent=1))
+    plot(results, title, out / "attention.png")
+
+
 def versions(device: torch.device) -> str:
     names = [f"torch {torch.__version__}"]
     try:
@@ -338,7 +346,7 @@ def main() -> int:
     roofs = ceilings(device, dtype)
     title = f"{versions(device)}; matmul {roofs[0] / 1e12:.0f} TFLOP/s, copy {roofs[1] / 1e12:.2f} TB/s, {dtype}"
     print(title, flush=True)
-    results = []
+    results: list[Result] = []
     for name in [*options.workloads, *(OTHER_NAMES if options.others else [])]:
         work = make_workload(name, options.seq_len)
         for peer in options.peers:
@@ -350,13 +358,10 @@ def main() -> int:
             print_table([result])
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+        if options.out is not None:  # after each workload: a run that is cut off keeps what it measured
+            write_results(results, title, options.out)
     print(f"\n{title}")
     print_table(results)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        record = {"title": title, "results": [asdict(result) for result in results]}
-        (options.out / "attention.json").write_text(json.dumps(record, indent=1))
-        plot(results, title, options.out / "attention.png")
     return 0
 
 

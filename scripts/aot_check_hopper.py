@@ -17,7 +17,7 @@ import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = ("plain", "softcap")
-KERNELS = ("forward", "order")
+KERNELS = ("forward", "order", "backward")
 SHARED_LIMIT = 232_448  # bytes a block may take
 
 
@@ -32,8 +32,8 @@ def main() -> int:
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     # after the switch: it decides what @triton.jit makes
-    from packflex.attention.hopper.aot import compile_forward, compile_order
-    from packflex.attention.hopper.tiles import ForwardTile, default_forward_tile
+    from packflex.attention.hopper.aot import compile_backward, compile_forward, compile_order
+    from packflex.attention.hopper.tiles import ForwardTile, default_backward_tile, default_forward_tile
 
     def reports(dtype: torch.dtype, dim: int, long: bool, variant: str) -> Iterator[tuple[Any, Any]]:
         """Tile and report of each kernel."""
@@ -43,6 +43,9 @@ def main() -> int:
             yield tile, compile_forward(tile, dtype, dim, group, softcap=softcap, sinks=softcap)
         if "order" in options.kernels and not softcap:
             yield tile, compile_order(tile.positions(group), tile.block_n)
+        if "backward" in options.kernels:
+            tile = default_backward_tile(dim, long, softcap)
+            yield tile, compile_backward(tile, dtype, dim, group, softcap=softcap)
 
     faults = 0
     head = f"{'dtype':>5} {'D':>4} {'spans':<6} {'variant':<8} {'kernel':<22} {'registers':>9} {'spills':>7}"

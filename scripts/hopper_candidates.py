@@ -1,4 +1,4 @@
-"""Candidate tiles of the Hopper forward and the workers that check and time them, for `scripts/tune_tiles.py`.
+"""Candidate tiles of the Hopper kernels and the workers that check and time them, for `scripts/tune_tiles.py`.
 
 Every candidate is compiled and checked on small packed rows in a process of its own first, many at a time; those that
 pass are checked again and timed on the workloads, one process a workload. A process that says nothing for too long is
@@ -20,7 +20,7 @@ from attention_workloads import Workload, make_workload
 from bench_attention import median_ms
 
 from packflex import PackedLayout, document_mask, flex_attention
-from packflex.attention.hopper.tiles import ForwardTile
+from packflex.attention.hopper.tiles import BackwardTile, ForwardTile
 
 FORK = multiprocessing.get_context("fork")  # torch is imported once; the parent must not touch CUDA
 CHECKED_ROWS = [[1, 2, 300, 29, 700, 64, 64, 32, 1] + [13] * 65 + [1000], [3000], [63] * 20 + [111] * 8, []]
@@ -29,25 +29,26 @@ MAX_ERROR = 8e-3
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tile of the forward for one head dim."""
+    """A tile of one kernel for one head dim."""
 
+    kernel: str
     head_dim: int
-    tile: ForwardTile
+    tile: Any
 
     @property
     def options(self) -> dict[str, int]:
         """As `kernel_options` of `flex_attention`."""
-        return {f"forward_{name}": value for name, value in asdict(self.tile).items()}
+        return {f"{self.kernel}_{name}": value for name, value in asdict(self.tile).items()}
 
     def __str__(self) -> str:
-        return f"D{self.head_dim} {describe(self.tile)}"
+        return f"{self.kernel} D{self.head_dim} {describe(self.tile)}"
 
 
-def describe(tile: ForwardTile) -> str:
+def describe(tile: Any) -> str:
     """A tile in few characters; what is at its default is left out."""
     short = {
-        "consumers": "c", "block_n": "n", "stages": "s", "q_stages": "q", "per_sm": "sm",
-        "max_heads": "h", "persistent": "p", "section_mib": "L", "ping_pong": "pp",
+        "consumers": "c", "block_n": "n", "block_m": "m", "stages": "s", "q_stages": "q", "per_sm": "sm",
+        "max_heads": "h", "persistent": "p", "section_mib": "L", "ping_pong": "pp", "ahead": "a",
     }  # fmt: skip
     return " ".join(f"{short.get(name, name)}{value}" for name, value in asdict(tile).items())
 
@@ -89,30 +90,63 @@ def _forward(head_dim: int) -> list[ForwardTile]:
     return both
 
 
-def candidates(head_dim: int, group: int) -> list[Candidate]:
+def _backward(head_dim: int) -> list[BackwardTile]:
+    if head_dim == 128:  # working ahead spills
+        return [
+            BackwardTile(2, 2, ahead=0),
+            BackwardTile(2, 2, max_heads=2, ahead=0),
+            BackwardTile(2, 2, max_heads=1, ahead=0),
+            BackwardTile(2, 2, max_heads=1, section_mib=16, ahead=0),
+            BackwardTile(2, 2, max_heads=1, section_mib=96, ahead=0),
+            BackwardTile(2, 2, max_heads=4, section_mib=96, ahead=0),
+            BackwardTile(1, 2, ahead=0),
+            BackwardTile(1, 2, max_heads=1, ahead=0),
+        ]
+    return [
+        BackwardTile(2, 2),
+        BackwardTile(2, 2, max_heads=1),
+        BackwardTile(2, 2, max_heads=1, ahead=0),
+        BackwardTile(2, 3, max_heads=1),
+        BackwardTile(1, 2, per_sm=2),
+        BackwardTile(1, 2, per_sm=2, max_heads=2),
+        BackwardTile(1, 2, per_sm=2, max_heads=1),
+        BackwardTile(1, 2, per_sm=2, ahead=0),
+        BackwardTile(1, 3, per_sm=2),
+        BackwardTile(1, 2, per_sm=2, section_mib=96),
+    ]
+
+
+MAKERS: dict[str, Callable[[int], Any]] = {"forward": _forward, "backward": _backward}
+
+
+def candidates(kernel: str, head_dim: int, group: int) -> list[Candidate]:
     """Tiles to time, those that `group` query heads on a KV head make alike once."""
-    tiles = {dataclasses.replace(tile, max_heads=min(tile.max_heads, group)): None for tile in _forward(head_dim)}
-    return [Candidate(head_dim, tile) for tile in tiles]
+    tiles = {dataclasses.replace(tile, max_heads=min(tile.max_heads, group)): None for tile in MAKERS[kernel](head_dim)}
+    return [Candidate(kernel, head_dim, tile) for tile in tiles]
 
 
 def problem(rows: Any, seq_len: int, heads: tuple[int, int], dim: int, causal: bool, window: int | None) -> Any:
-    """q, k, v and the mask."""
+    """q, k, v that want gradients, the gradient of the output, and the mask."""
     torch.manual_seed(0)
     layout = PackedLayout.from_lengths(rows, seq_len).to("cuda")
     shape = (len(rows), seq_len)
-    q, k, v = (
+    q, k, v, grad = (
         torch.randn(*shape, n, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        for n in (heads[0], heads[1], heads[1])
+        for n in (heads[0], heads[1], heads[1], heads[0])
     )
-    return q, k, v, document_mask(layout, causal=causal, window=window)
+    mask = document_mask(layout, causal=causal, window=window)
+    return *(x.requires_grad_() for x in (q, k, v)), grad, mask
 
 
-def outcome(data: Any, backend: str, options: dict[str, int] | None) -> tuple[torch.Tensor, ...]:
-    """out and lse."""
-    q, k, v, mask = data
-    return flex_attention(
+def outcome(data: Any, backend: str, options: dict[str, int] | None, backward: bool) -> tuple[torch.Tensor, ...]:
+    """out and lse, or the three gradients."""
+    q, k, v, grad, mask = data
+    out, lse = flex_attention(
         q, k, v, block_mask=mask, enable_gqa=True, return_lse=True, backend=backend, kernel_options=options
     )
+    if not backward:
+        return out.detach(), lse.detach()
+    return torch.autograd.grad(out, (q, k, v), grad)
 
 
 def error_of(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:
@@ -129,27 +163,39 @@ def error_of(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ..
 def check_small(candidate: Candidate, heads: tuple[int, int]) -> str:
     """Compile a candidate and compare it with the portable kernels on small rows; why it fails, or nothing."""
     length = max(map(sum, CHECKED_ROWS)) + 37
+    backward = candidate.kernel != "forward"
     for causal, window in ((True, None), (True, 100), (False, None)):
         data = problem(CHECKED_ROWS, length, heads, candidate.head_dim, causal, window)
-        expected = outcome(data, "triton", None)
-        error = error_of(outcome(data, "hopper", candidate.options), expected)
+        expected = outcome(data, "triton", None, backward)
+        error = error_of(outcome(data, "hopper", candidate.options, backward), expected)
         if not error <= MAX_ERROR:
             return f"wrong by {error:.1e} (causal {causal}, window {window})"
     return ""
 
 
-def time_workload(work: Workload, tiles: list[Candidate], repeats: int, say: Callable[..., None]) -> None:
-    """Check and time each candidate on a workload, and the portable kernel; says (index, ms, error) of each."""
+def time_workload(work: Workload, kernel: str, tiles: list[Candidate], repeats: int, say: Callable[..., None]) -> None:
+    """Check and time each candidate on a workload, and the portable kernels; says (index, ms, error) of each."""
     heads = (work.heads, work.kv_heads)
     data = problem(work.lengths, work.seq_len, heads, work.head_dim, work.causal, work.window)
-    expected = outcome(data, "triton", None)
+    q, k, v, grad, mask = data
+    backward = kernel != "forward"
+    expected = outcome(data, "triton", None, backward)
 
     def milliseconds(backend: str, options: dict[str, int] | None) -> float:
-        return median_ms(lambda: outcome(data, backend, options), torch.device("cuda"), repeats)
+        def forward() -> Any:
+            return flex_attention(q, k, v, block_mask=mask, enable_gqa=True, backend=backend, kernel_options=options)
+
+        if not backward:
+            with torch.no_grad():
+                return median_ms(forward, torch.device("cuda"), repeats)
+        out = forward()
+        return median_ms(
+            lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), torch.device("cuda"), repeats
+        )
 
     say(-1, milliseconds("triton", None), 0.0)
     for index, candidate in enumerate(tiles):
-        error = error_of(outcome(data, "hopper", candidate.options), expected)
+        error = error_of(outcome(data, "hopper", candidate.options, backward), expected)
         say(index, milliseconds("hopper", candidate.options), error)
 
 
@@ -188,22 +234,22 @@ def check_all(jobs: list[tuple[Candidate, tuple[int, int]]], processes: int, sec
     return verdicts
 
 
-def _time_worker(pipe: Any, name: str, tiles: list[Candidate], repeats: int) -> None:
+def _time_worker(pipe: Any, name: str, kernel: str, tiles: list[Candidate], repeats: int) -> None:
     try:
-        time_workload(make_workload(name), tiles, repeats, lambda *said: pipe.send(said))
+        time_workload(make_workload(name), kernel, tiles, repeats, lambda *said: pipe.send(said))
         pipe.send(None)
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}")
 
 
-def time_all(name: str, tiles: list[Candidate], repeats: int, seconds: float) -> tuple[list[Any], float]:
-    """For each candidate (milliseconds, error) or why there is none, and the milliseconds of the portable kernel."""
+def time_all(name: str, kernel: str, tiles: list[Candidate], repeats: int, seconds: float) -> tuple[list[Any], float]:
+    """For each candidate (milliseconds, error) or why there is none, and the milliseconds of the portable kernels."""
     results: list[Any] = [None] * len(tiles)
     portable = float("nan")
     start = 0
     while start < len(tiles):
         ours, theirs = FORK.Pipe(duplex=False)
-        process = FORK.Process(target=_time_worker, args=(theirs, name, tiles[start:], repeats), daemon=True)
+        process = FORK.Process(target=_time_worker, args=(theirs, name, kernel, tiles[start:], repeats), daemon=True)
         process.start()
         theirs.close()
         done = 0  # candidates of this process

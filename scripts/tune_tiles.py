@@ -2,7 +2,7 @@
 
     python scripts/tune_tiles.py --out results                    # bf16, all six workloads
     python scripts/tune_tiles.py --workloads sft --kernels dkdv
-    python scripts/tune_tiles.py --backend hopper --out results   # the Gluon forward: see hopper_candidates.py
+    python scripts/tune_tiles.py --backend hopper --out results   # the Gluon kernels: see hopper_candidates.py
 
 Candidates are compiled first, in parallel processes, on a small problem of the same shapes; then each is timed with the
 other kernels at their defaults. Prints the fastest of each workload and kernel, and writes every time to JSON.
@@ -36,7 +36,7 @@ CANDIDATES: dict[tuple[str, int], list[tuple[int, ...]]] = {
     ("dq", 128): [(64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
 }  # fmt: skip
 HEADS = (1, 4)
-KERNELS = {"triton": ["forward", "dkdv", "dq"], "hopper": ["forward"]}
+KERNELS = {"triton": ["forward", "dkdv", "dq"], "hopper": ["forward", "backward"]}
 
 
 def candidates(kernel: str, work: Workload) -> list[tuple[int, ...]]:
@@ -91,41 +91,42 @@ def warm(job: tuple[str, tuple[int, ...], Workload]) -> str:
 
 
 def tune_hopper(options: argparse.Namespace) -> dict[str, Any]:
-    """Check and time the candidates of the Hopper forward; prints a table of the fastest and of what failed."""
+    """Check and time the candidates of the Hopper kernels; prints a table of the fastest and of what failed."""
     from hopper_candidates import MAX_ERROR, candidates, check_all, describe, time_all
 
     works = {name: make_workload(name) for name in options.workloads}
     record: dict[str, Any] = {"times": [], "failed": []}
-    jobs = []
-    for work in works.values():
-        for candidate in candidates(work.head_dim, work.heads // work.kv_heads):
-            job = (candidate, (2 * work.heads // work.kv_heads, 2))
-            if job not in jobs:
-                jobs.append(job)
-    verdicts = check_all(jobs, options.processes, options.seconds)
-    for (candidate, heads), why in zip(jobs, verdicts, strict=True):
-        if why:
-            record["failed"].append(f"{candidate}, heads {heads}: {why}")
-            print(f"FAILED {record['failed'][-1]}", flush=True)
-    good = {job for job, why in zip(jobs, verdicts, strict=True) if not why}
-    for name, work in works.items():
-        heads = (2 * work.heads // work.kv_heads, 2)
-        tiles = [c for c in candidates(work.head_dim, work.heads // work.kv_heads) if (c, heads) in good]
-        results, portable = time_all(name, tiles, options.repeats, options.seconds)
-        tflops = work.flops(False) / 1e9
-        timed = []
-        for candidate, result in zip(tiles, results, strict=True):
-            if isinstance(result, tuple) and result[1] <= MAX_ERROR:
-                timed.append((result[0], describe(candidate.tile)))
-                entry = {"workload": name, "tile": candidate.options, "ms": result[0], "error": result[1]}
-                record["times"].append(entry)
-            else:
-                record["failed"].append(f"{name}, {candidate}: {result}")
+    for kernel in options.kernels:
+        jobs = []
+        for work in works.values():
+            for candidate in candidates(kernel, work.head_dim, work.heads // work.kv_heads):
+                job = (candidate, (2 * work.heads // work.kv_heads, 2))
+                if job not in jobs:
+                    jobs.append(job)
+        verdicts = check_all(jobs, options.processes, options.seconds)
+        for (candidate, heads), why in zip(jobs, verdicts, strict=True):
+            if why:
+                record["failed"].append(f"{candidate}, heads {heads}: {why}")
                 print(f"FAILED {record['failed'][-1]}", flush=True)
-        timed.sort()
-        print(f"{name} forward: portable {portable:.3f} ms {tflops / portable:.0f} TFLOP/s")
-        for ms, tile in timed[: options.shown]:
-            print(f"    {ms:8.3f} ms {tflops / ms:5.0f} TFLOP/s  {tile}", flush=True)
+        good = {job for job, why in zip(jobs, verdicts, strict=True) if not why}
+        for name, work in works.items():
+            heads = (2 * work.heads // work.kv_heads, 2)
+            tiles = [c for c in candidates(kernel, work.head_dim, work.heads // work.kv_heads) if (c, heads) in good]
+            results, portable = time_all(name, kernel, tiles, options.repeats, options.seconds)
+            tflops = work.flops(kernel != "forward") / 1e9
+            timed = []
+            for candidate, result in zip(tiles, results, strict=True):
+                entry = {"workload": name, "kernel": kernel, "tile": candidate.options}
+                if isinstance(result, tuple) and result[1] <= MAX_ERROR:
+                    timed.append((result[0], describe(candidate.tile)))
+                    record["times"].append(entry | {"ms": result[0], "error": result[1]})
+                else:
+                    record["failed"].append(f"{name}, {candidate}: {result}")
+                    print(f"FAILED {record['failed'][-1]}", flush=True)
+            timed.sort()
+            print(f"{name} {kernel}: portable {portable:.3f} ms {tflops / portable:.0f} TFLOP/s")
+            for ms, tile in timed[: options.shown]:
+                print(f"    {ms:8.3f} ms {tflops / ms:5.0f} TFLOP/s  {tile}", flush=True)
     return record
 
 

@@ -14,9 +14,7 @@ from packflex.attention.reference import ScoreMod
 from packflex.masks.block_mask import BlockMask
 
 BACKENDS = ("hopper", "triton", "torch", "reference")
-# The forward of "hopper" was up to 1.4 times as fast as that of "triton" on an H200 (2026-11-23, measured with
-# backend="hopper"). Before it becomes the default it needs: its GPU tests run whole with the tables as they are now, a
-# proof under torch.compile and CUDA graphs in a model, and a run over many lengths of rows.
+# "hopper" is taken by name until the tests of the portable kernels have run whole with it as the default.
 HOPPER_BY_DEFAULT = False
 
 
@@ -58,11 +56,12 @@ def flex_attention(
         return_aux: torch's `AuxRequest`; `AuxRequest(lse=True)` returns `(out, AuxOutput)`.
         softcap: scores become `softcap * tanh(score / softcap)`, after `score_mod` (Gemma 2, arXiv 2408.00118).
         sinks: [Hq], a learned logit of each head that joins the softmax and carries no value (gpt-oss).
-        deterministic: None or either bool: every backend of this op that has a backward of its own gives the same bits
-            in each run; `True` refuses backend="torch" with a score_mod, whose gradients to captured tensors may not.
-        backend: "triton", "hopper" (a forward in Gluon for sm_90, with the backward of "triton"), "torch" (its
-            compiled flex_attention) or "reference" (eager, exact); the best for the device and case when None. A
-            backend that is named is used or raises, never replaced.
+        deterministic: whether gradients must have the same bits in each run; None follows
+            `torch.use_deterministic_algorithms`. All results have, except dQ of backend="hopper", whose sums over keys
+            are made in any order: `True` runs the portable backward there. `True` refuses backend="torch" with a
+            score_mod, whose gradients to captured tensors may differ.
+        backend: "hopper" (Gluon, sm_90), "triton", "torch" (its compiled flex_attention) or "reference" (eager, exact);
+            the best for the device and case when None. A backend that is named is used or raises, never replaced.
 
     Returns:
         out [B, Hq, S, Dv] in query's dtype (autocast's under autocast), laid out so that `out.transpose(1, 2)` is
@@ -111,7 +110,10 @@ def flex_attention(
             from packflex.attention.hopper.tiles import tile_list as hopper_tile_list
 
             tiles = hopper_tile_list(kernel_options)
-        out, lse = ops.attention(query, key, value, kv_intervals, q_intervals, sinks, scale, cap, backend, tiles, long)
+        fixed = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+        out, lse = ops.attention(
+            query, key, value, kv_intervals, q_intervals, sinks, scale, cap, backend, tiles, long, fixed
+        )
     else:
         mask_mod = None if mask is None else mask.mask_mod
         out, lse = reference.dense_attention(query, key, value, mask_mod, score_mod, sinks, scale, cap)

@@ -28,11 +28,13 @@ def attention(
     backend: str,
     tiles: list[int],
     long_spans: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Interval attention: out [B, Hq, S, Dv] and lse [B, Hq, S]; arguments as `reference.reference_forward`.
 
     `backend` is "reference", "triton" or "hopper"; `tiles` that backend's tiles as its `tile_list` makes them, empty
-    for the tables; `long_spans` a hint for the tables, see `BlockMask`.
+    for the tables; `long_spans` a hint for the tables, see `BlockMask`. `deterministic` asks for a backward that gives
+    the same bits in each run.
     """
     if backend == "reference":
         return reference.reference_forward(q, k, v, kv_intervals, sinks, scale, softcap)
@@ -58,6 +60,7 @@ def _(
     backend: str,
     tiles: list[int],
     long_spans: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return new_bshd(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
@@ -80,6 +83,7 @@ def attention_backward(
     backend: str,
     tiles: list[int],
     long_spans: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to q, k, v and the sinks (of size 0 without sinks) from those of out and lse."""
     if backend == "reference":
@@ -87,14 +91,18 @@ def attention_backward(
             grad_out, grad_lse, q, k, v, out, lse, kv_intervals, sinks, scale, softcap
         )
     else:
-        from packflex.attention.triton.launch import launch_backward  # Triton only where it runs
+        arguments = (grad_out, grad_lse, q, k, v, out, lse, kv_intervals, q_intervals, scale, softcap)
+        if backend == "hopper" and not deterministic:
+            from packflex.attention.hopper.launch import launch_backward as launch_hopper_backward
 
-        if backend == "hopper":  # a forward so far: the portable kernels are its backward, and its tiles mean nothing
-            tiles = []
-        grad_q, grad_k, grad_v, delta = launch_backward(
-            grad_out, grad_lse, q, k, v, out, lse, kv_intervals, q_intervals, scale, softcap, tiles, long_spans
-        )
-        grad_sinks = reference.sink_gradient(sinks, lse, delta)
+            grad_q, grad_k, grad_v, delta = launch_hopper_backward(*arguments, tiles, long_spans, sinks is not None)
+        else:
+            from packflex.attention.triton.launch import launch_backward  # Triton only where it runs
+
+            if backend == "hopper":  # its backward adds up dQ in no fixed order; the portable one does not
+                tiles = []
+            grad_q, grad_k, grad_v, delta = launch_backward(*arguments, tiles, long_spans)
+        grad_sinks = None if delta is None else reference.sink_gradient(sinks, lse, delta)
     return grad_q, grad_k, grad_v, q.new_empty(0) if grad_sinks is None else grad_sinks
 
 
@@ -115,6 +123,7 @@ def _(
     backend: str,
     tiles: list[int],
     long_spans: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_sinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return new_bshd(q), new_bshd(k), new_bshd(v), grad_sinks

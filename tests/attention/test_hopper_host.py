@@ -9,8 +9,11 @@ from packflex import PackedLayout, document_mask, flex_attention
 from packflex.attention.hopper import support
 from packflex.attention.hopper.tiles import (
     OPTIONS,
+    BackwardTile,
     ForwardTile,
+    default_backward_tile,
     default_forward_tile,
+    resolve_backward_tile,
     resolve_forward_tile,
     tile_list,
 )
@@ -30,17 +33,21 @@ def test_heads_share_a_tile_where_the_group_allows():
     assert [tile.heads(group) for group in (1, 2, 3, 4, 6, 8, 9, 12)] == [1, 2, 1, 4, 2, 4, 1, 4]
     assert [tile.positions(group) for group in (1, 2, 3, 4)] == [128, 64, 128, 32]
     assert ForwardTile(max_heads=16).heads(16) == 8, "8 positions are left to a consumer"
+    assert BackwardTile(consumers=2).columns(128) == 64
+    assert BackwardTile(consumers=1).columns(64) == 64
 
 
 def test_options_overlay_the_table():
     assert tile_list(None) == []
-    options = {"forward_consumers": 2, "forward_persistent": 0}
+    options = {"forward_consumers": 2, "forward_persistent": 0, "backward_stages": 3}
     tiles = tile_list(options)
     assert len(tiles) == len(OPTIONS)
     forward = default_forward_tile(128, 4, long=False)
     assert resolve_forward_tile([], 128, 4, long=False) == forward
     expected = dataclasses.replace(forward, consumers=2, persistent=0)
     assert resolve_forward_tile(tiles, 128, 4, long=False) == expected
+    backward = default_backward_tile(64, long=True)
+    assert resolve_backward_tile(tiles, 64, long=True) == dataclasses.replace(backward, stages=3)
     with pytest.raises(ValueError, match="kernel_options has no 'forward_block_m'; the tiles of backend=\"hopper\""):
         tile_list({"forward_block_m": 64})
     with pytest.raises(ValueError, match="must be an integer, 0 or more; got -1"):
@@ -64,12 +71,50 @@ def test_work_order_is_a_permutation_by_falling_work(rows, of_keys):
     layout = PackedLayout.from_lengths([[300, 1, 63, 111], [20] * 20, []], 500).to(DEVICE)
     mask = document_mask(layout, window=200)
     intervals = mask.q_intervals if of_keys else mask.kv_intervals
-    every = work_order(intervals, rows, 64).cpu()
+    plan = work_order(intervals, rows, 64, tuple(range(8))).cpu()
+    assert plan[:8].tolist() == list(range(8))
     lo, hi = intervals.cpu()
-    for b, records in enumerate(every):
+    for b, records in enumerate(plan[8:].view(3, -1, 4)):
         assert sorted(records[:, 0].tolist()) == list(range(0, 500, rows))
         blocks = records[:, 2].tolist()
         assert blocks == sorted(blocks, reverse=True)
         for first_row, first, count, last in records.tolist():
             end = int(hi[b, min(first_row + rows, 500) - 1])
             assert (first, count, last) == (int(lo[b, first_row]), -(-max(end - first, 0) // 64), int(hi[b, -1]) - 64)
+
+
+@pytest.mark.parametrize("packed", [1, 2])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_statistics_of_the_rows(packed, with_lse):
+    from packflex.attention.hopper.prepare import _hopper_bwd_prepare_kernel
+
+    torch.manual_seed(0)
+    batch, heads, length, dim = 2, 4, 50, 64
+    out, grad = (torch.randn(batch, length, heads, dim, device=DEVICE).transpose(1, 2) for _ in range(2))
+    lse, grad_lse = (torch.randn(batch, heads, length, device=DEVICE) for _ in range(2))
+    lse[1, :, 40:] = -torch.inf
+    grad[1, :, 40:] = torch.nan
+    lse_2, delta = (torch.full((batch, heads // packed, length, packed), torch.nan, device=DEVICE) for _ in range(2))
+    sums = torch.full((batch * length * heads, dim), torch.nan, device=DEVICE)
+    _hopper_bwd_prepare_kernel[(2, heads, batch)](
+        out, grad, grad_lse, lse, lse_2, delta, sums, *out.stride()[:3], *grad.stride()[:3], *grad_lse.stride(),
+        length, heads, HEADS=packed, D=dim, BLOCK_M=32, HAS_GRAD_LSE=with_lse,
+    )  # fmt: skip
+    assert not sums.any()
+    expected = (out * grad).sum(-1) - (grad_lse if with_lse else 0)
+    blind = lse == -torch.inf
+    lse_2, delta = (x.transpose(2, 3).reshape(batch, heads, length) for x in (lse_2, delta))
+    torch.testing.assert_close(delta, expected.masked_fill(blind, 0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse_2, lse.masked_fill(blind, 0) * 1.4426950408889634, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [1, 2])
+def test_the_cast_scales_and_puts_heads_in_order(packed):
+    from packflex.attention.hopper.prepare import _hopper_bwd_cast_kernel
+
+    batch, heads, length, dim = 2, 4, 50, 64
+    sums = torch.randn(batch, heads // packed, length, packed, dim, device=DEVICE)
+    grad = torch.full((batch, length, heads, dim), torch.nan, device=DEVICE, dtype=torch.float16)
+    _hopper_bwd_cast_kernel[(2, heads, batch)](sums, grad, length, heads, 0.125, HEADS=packed, D=dim, BLOCK_M=32)
+    expected = sums.permute(0, 2, 1, 3, 4).reshape(batch, length, heads, dim)
+    assert torch.equal(grad, (expected * 0.125).half())

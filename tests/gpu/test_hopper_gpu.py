@@ -1,7 +1,4 @@
-"""The Hopper forward on a Hopper card: fp64 oracle over masks, lengths and strides, long streams, repeats, poison.
-
-Gradients are those of the portable backward, from the Hopper forward's results.
-"""
+"""The Hopper kernels on a Hopper card: fp64 oracle over masks, lengths and strides, long streams, repeats, poison."""
 
 import dataclasses
 import math
@@ -13,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from packflex import PackedLayout, document_mask, flex_attention
 from packflex.attention.api import HOPPER_BY_DEFAULT
-from packflex.attention.hopper.tiles import ForwardTile
+from packflex.attention.hopper.tiles import BackwardTile, ForwardTile
 from packflex.masks.intervals import document_intervals
 from packflex.testing.cases import AttentionCase, check_against_oracle, small_cases
 from packflex.testing.tolerances import relative_error
@@ -42,6 +39,10 @@ TILES = [
     ForwardTile(2, 128, 2, 2),
     ForwardTile(2, 128, 2, 1, max_heads=1, persistent=0),
     ForwardTile(1, 64, 2, 2, 2),
+    BackwardTile(2, 2, max_heads=1),
+    BackwardTile(2, 2, persistent=0, ahead=0),
+    BackwardTile(1, 2, ahead=0),
+    BackwardTile(1, 1, max_heads=2, persistent=0, ahead=0),
 ]
 
 
@@ -54,7 +55,8 @@ def _needs_hopper(_needs_gpu):
 def options_of(tile):
     if tile is None:
         return None
-    return {f"forward_{name}": value for name, value in dataclasses.asdict(tile).items()}
+    kernel = "forward" if isinstance(tile, ForwardTile) else "backward"
+    return {f"{kernel}_{name}": value for name, value in dataclasses.asdict(tile).items()}
 
 
 def poison_free_memory():
@@ -208,15 +210,23 @@ def test_tiles_of_long_documents(variant, dim):
 def test_without_a_mask_and_with_other_numbers_of_keys():
     for q_len, kv_len in ((257, 257), (100, 700), (700, 100)):
         torch.manual_seed(0)
-        q, k, v = (torch.randn(2, 4, n, 64, device="cuda", dtype=torch.bfloat16) for n in (q_len, kv_len, kv_len))
+        leaves = [
+            torch.randn(2, 4, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for n in (q_len, kv_len, kv_len)
+        ]
+        exact = [x.detach().double().requires_grad_() for x in leaves]
         poison_free_memory()
-        out, lse = flex_attention(q, k, v, return_lse=True, backend="hopper")
-        expected, expected_lse = flex_attention(*(x.double() for x in (q, k, v)), return_lse=True, backend="reference")
+        out, lse = flex_attention(*leaves, return_lse=True, backend="hopper")
+        expected, expected_lse = flex_attention(*exact, return_lse=True, backend="reference")
         assert relative_error(out, expected) < 1.2e-2
         assert (lse - expected_lse).abs().max() < 1.5e-2
+        grad = torch.randn_like(out)
+        grads = torch.autograd.grad(out, leaves, grad)
+        for ours, theirs in zip(grads, torch.autograd.grad(expected, exact, grad.double()), strict=True):
+            assert relative_error(ours, theirs) < 1.2e-2
 
 
-@pytest.mark.parametrize("tile", [None, *TILES], ids=str)
+@pytest.mark.parametrize("tile", [None, *TILES[:6]], ids=str)
 def test_the_same_bits_over_100_runs(tile):
     q, k, v, _, layout = long_stream(128, lognormal_rows(1, 2, 4096), heads=(8, 2), seq_len=4100)
     mask = document_mask(layout.to("cuda"))
@@ -231,6 +241,60 @@ def test_the_same_bits_over_100_runs(tile):
     first = run()
     for _ in range(99):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@pytest.mark.parametrize("tile", [None, *TILES[6:]], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gradients_over_100_runs(dim, tile):
+    """dK and dV have the same bits, dQ the same values but for the order of its sums."""
+    q, k, v, grad, layout = long_stream(dim, lognormal_rows(1, 2, 4096), heads=(8, 2), seq_len=4100)
+    mask = document_mask(layout.to("cuda"))
+    out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, backend="hopper", kernel_options=options_of(tile))
+
+    def run():
+        return torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+
+    first = run()
+    for _ in range(99):
+        grad_q, *others = run()
+        assert all(torch.equal(a, b) for a, b in zip(first[1:], others, strict=True))
+        assert ((grad_q - first[0]).float().norm() / first[0].float().norm()).item() < 1e-3
+
+
+def test_deterministic_takes_the_portable_backward():
+    q, k, v, grad, layout = long_stream(64, lognormal_rows(1, 2, 2048), heads=(8, 2))
+    mask = document_mask(layout.to("cuda"))
+
+    def run(backend, **rest):
+        out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, backend=backend, **rest)
+        return torch.autograd.grad(out, (q, k, v), grad)
+
+    first = run("hopper", deterministic=True)
+    assert all(relative_error(a, b) < 8e-3 for a, b in zip(first, run("triton"), strict=True))
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, run("hopper", deterministic=True), strict=True))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("variant", ["causal", "bidirectional", "window"])
+def test_nan_gradients_in_padding_reach_nothing(variant, dim):
+    q, k, v, grad, layout = long_stream(dim, [[300, 200], [100, 7]], heads=(8, 2), seq_len=620)
+    padded = (layout.document_ids < 0)[:, None, :, None].cuda()
+    mask = document_mask(layout.to("cuda"), **VARIANTS[variant])
+    out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, backend="hopper")
+    clean = torch.autograd.grad(out, (q, k, v), grad.masked_fill(padded, 0), retain_graph=True)
+    dirty = torch.autograd.grad(out, (q, k, v), grad.masked_fill(padded, math.nan))
+    for a, b in zip(clean, dirty, strict=True):
+        assert b.isfinite().all()
+        assert relative_error(b, a) < 1e-3
+        assert not b.masked_select(padded).any()
+
+
+def test_a_head_group_of_its_own_and_strided_gradients():
+    q, k, v, grad, layout = long_stream(64, [[300, 200], [400]], heads=(6, 6))
+    mask = document_mask(layout.to("cuda"))
+    against_float64(q, k, v, grad.transpose(1, 2).contiguous().transpose(1, 2), mask)
+    against_float64(q, k, v, grad[:, :, :1, :1].expand_as(grad), mask)
 
 
 def test_it_is_taken_by_name_and_refuses_by_reason():
@@ -314,7 +378,9 @@ def test_work_order_is_a_permutation_by_falling_work(rows):
 
     layout = PackedLayout.from_lengths(lognormal_rows(2, 3, 5000), 5100).to("cuda")
     intervals = document_mask(layout).kv_intervals
-    records = work_order(intervals, rows, 64).cpu()
+    plan = work_order(intervals, rows, 64, tuple(range(8))).cpu()
+    assert plan[:8].tolist() == list(range(8))
+    records = plan[8:].view(3, -1, 4)
     lo, hi = intervals.cpu()
     for b in range(3):
         assert sorted(records[b, :, 0].tolist()) == list(range(0, 5100, rows))

@@ -1,21 +1,34 @@
-"""Launcher of the Hopper forward: descriptors, grid and results."""
+"""Launchers of the Hopper kernels: descriptors, grids and results."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._layouts import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from packflex.attention.hopper.backward import SUMS_BEFORE, _hopper_bwd_kernel
 from packflex.attention.hopper.forward import LOG2_E, _hopper_fwd_kernel
-from packflex.attention.hopper.order import units_per_section, work_order
-from packflex.attention.hopper.tiles import ROWS, ForwardTile, resolve_forward_tile
+from packflex.attention.hopper.order import tiles_of, units_per_section, work_order
+from packflex.attention.hopper.prepare import (
+    PREPARED_ROWS,
+    _hopper_bwd_cast_kernel,
+    _hopper_bwd_prepare_kernel,
+)
+from packflex.attention.hopper.tiles import (
+    ROWS,
+    BackwardTile,
+    ForwardTile,
+    resolve_backward_tile,
+    resolve_forward_tile,
+)
 from packflex.attention.memory import new_bshd
 
-GLUON_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+GLUON_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 _LOG2_E = LOG2_E.value
 
 
@@ -41,8 +54,8 @@ def launch_forward(
     packed, positions = tile.heads(group), tile.positions(group)
     if kv_intervals.stride(2) != 1:  # the one interval of "every query sees every key", expanded
         kv_intervals = kv_intervals.contiguous()
-    records = work_order(kv_intervals, positions, tile.block_n)
-    tiles, units = records.shape[1], heads // packed
+    plan = work_order(kv_intervals, positions, tile.block_n)
+    tiles, units = tiles_of(q_len, positions), heads // packed
     total = batch * units * tiles
     section = units_per_section(kv_heads, kv_len, head_dim, group // packed, tile.section_mib << 20)
     programs = min(total, multiprocessors(q.device) * tile.per_sm) if tile.persistent else total
@@ -50,11 +63,77 @@ def launch_forward(
     keys = [1, tile.block_n, 1, head_dim]
     _hopper_fwd_kernel[(programs,)](
         descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), descriptor(out, rows),
-        lse, lse if sinks is None else sinks, kv_intervals[0], kv_intervals[1], records,
+        lse, lse if sinks is None else sinks, kv_intervals[0], kv_intervals[1], plan[8:],
         kv_intervals.stride(1), q_len, tiles, units, section, total, *score_factors(scale, softcap),
         **forward_constants(tile, head_dim, group, softcap > 0, sinks is not None), **launch_options(tile),
     )  # fmt: skip
     return out, lse
+
+
+def launch_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_intervals: Tensor,
+    q_intervals: Tensor,
+    scale: float,
+    softcap: float,
+    tile_list: list[int],
+    long_spans: bool,
+    want_delta: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients to q, k, v, and delta [B, Hq, S] if it is wanted; arguments as `packflex::attention_backward`."""
+    q, k, v, grad_out = (tma_readable(x) for x in (q, k, v, grad_out))
+    batch, heads, q_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    tile = resolve_backward_tile(tile_list, head_dim, long_spans, softcap > 0)
+    packed = tile.heads(group)
+    kv_intervals, q_intervals = (x if x.stride(2) == 1 else x.contiguous() for x in (kv_intervals, q_intervals))
+    # dQ / scale as [B, Hq / packed, S, packed, D]: the rows of a block side by side
+    before = SUMS_BEFORE.value
+    sums = torch.empty((before + batch * heads * q_len, head_dim), dtype=torch.float32, device=q.device)
+    grad_q, grad_k, grad_v = (new_bshd(x) for x in (q, k, v))
+    lse_2, delta = (torch.empty(batch * heads * q_len, dtype=torch.float32, device=q.device) for _ in range(2))
+
+    _hopper_bwd_prepare_kernel[(triton.cdiv(q_len, PREPARED_ROWS), heads, batch)](
+        out, grad_out, lse if grad_lse is None else grad_lse, lse, lse_2, delta, sums[before:],
+        *out.stride()[:3], *grad_out.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
+        q_len, heads,
+        HEADS=packed, D=head_dim, BLOCK_M=PREPARED_ROWS, HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
+    )  # fmt: skip
+
+    tiles = tiles_of(kv_len, tile.consumers * ROWS)
+    total = batch * kv_heads * tiles
+    # Q and dO of the whole group, and dQ in fp32, where the forward has K and V of one head
+    section = units_per_section(kv_heads, 2 * group * q_len, head_dim, 1, tile.section_mib << 20)
+    programs = min(total, multiprocessors(q.device) * tile.per_sm) if tile.persistent else total
+    sizes = (total, tiles, section, kv_heads, q_len, kv_len, q_intervals.stride(1), kv_intervals.stride(1))
+    plan = work_order(q_intervals, tile.consumers * ROWS, ROWS // packed, sizes)
+    boxes = backward_boxes(tile, head_dim, group)
+    box, _ = boxes["dq_desc"]
+    sum_desc = TensorDescriptor(sums, list(sums.shape), [head_dim, 1], box, box_layout(box, torch.float32))
+    stat_layout = box_layout([ROWS], torch.float32)
+    _hopper_bwd_kernel[(programs,)](
+        descriptor(q, *boxes["q_desc"]), descriptor(grad_out, *boxes["do_desc"]),
+        descriptor(k, *boxes["k_desc"]), descriptor(v, *boxes["v_desc"]),
+        *(TensorDescriptor(x, [x.shape[0]], [1], [ROWS], stat_layout) for x in (lse_2, delta)),
+        sum_desc, lse_2, delta,
+        grad_k, grad_v, q_intervals[0], q_intervals[1], kv_intervals[1], plan,
+        scale, *score_factors(scale, softcap),
+        **backward_constants(tile, head_dim, group, softcap > 0), **launch_options(tile),
+    )  # fmt: skip
+    _hopper_bwd_cast_kernel[(triton.cdiv(q_len, PREPARED_ROWS), heads, batch)](
+        sums[before:], grad_q, q_len, heads, scale, HEADS=packed, D=head_dim, BLOCK_M=PREPARED_ROWS, num_warps=4,
+    )  # fmt: skip
+    if not want_delta:
+        return grad_q, grad_k, grad_v, None
+    rows = delta.view(batch, heads // packed, q_len, packed)
+    return grad_q, grad_k, grad_v, rows.transpose(2, 3).reshape(batch, heads, q_len)
 
 
 def score_factors(scale: float, softcap: float) -> tuple[float, float, float]:
@@ -81,23 +160,58 @@ def forward_constants(tile: ForwardTile, head_dim: int, group: int, softcap: boo
     }
 
 
-def launch_options(tile: ForwardTile) -> dict[str, int]:
+def backward_constants(tile: BackwardTile, head_dim: int, group: int, softcap: bool) -> dict[str, Any]:
+    """The backward kernel's compile-time constants."""
+    return {
+        "HEADS": tile.heads(group),
+        "GROUP": group,
+        "D": head_dim,
+        "CONSUMERS": tile.consumers,
+        "STAGES": tile.stages,
+        "COLUMNS": tile.columns(head_dim),
+        "AHEAD": tile.ahead > 0,
+        "SOFTCAP": softcap,
+        "STATS_BY_TMA": tile.heads(group) % 4 == 0,  # a block may start at any position
+        "REGISTERS": 240,
+    }
+
+
+def backward_boxes(tile: BackwardTile, head_dim: int, group: int) -> dict[str, tuple[list[int], int]]:
+    """Boxes of the backward kernel's descriptors, and the bytes of their swizzle (-1: the widest there is)."""
+    packed, columns = tile.heads(group), tile.columns(head_dim)
+    rows = [1, ROWS // packed, packed]
+    # columns of dQ are cut out of K between two swizzle atoms, never within one
+    key_swizzle = 64 if columns == 32 else -1
+    return {
+        "q_desc": ([*rows, head_dim], -1),
+        "do_desc": ([*rows, head_dim], -1),
+        "k_desc": ([1, ROWS, 1, head_dim], key_swizzle),
+        "v_desc": ([1, ROWS, 1, head_dim], -1),
+        "lse_desc": ([ROWS], -1),
+        "delta_desc": ([ROWS], -1),
+        "dq_desc": ([ROWS, columns], -1),
+    }
+
+
+def launch_options(tile: ForwardTile | BackwardTile) -> dict[str, int]:
     """A kernel's launch options."""
     return {"num_warps": 4} if tile.max_registers is None else {"num_warps": 4, "maxnreg": tile.max_registers}
 
 
-def box_layout(block: list[int], dtype: torch.dtype) -> Any:
-    """Layout of a box in shared memory, with the widest swizzle that fits."""
-    return NVMMASharedLayout.get_default_for(block, GLUON_TYPES[dtype])
+def box_layout(block: list[int], dtype: torch.dtype, swizzle: int = -1) -> Any:
+    """Layout of a box in shared memory; `swizzle` in bytes, -1 for the widest that fits."""
+    if swizzle < 0:
+        return NVMMASharedLayout.get_default_for(block, GLUON_TYPES[dtype])
+    return NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * dtype.itemsize, rank=len(block))
 
 
-def descriptor(x: Tensor, block: list[int]) -> Any:
+def descriptor(x: Tensor, block: list[int], swizzle: int = -1) -> Any:
     """TMA descriptor of x [B, H, S, D] as [B, S, H, D], in boxes of shape `block`."""
     view = x.transpose(1, 2)
     # the stride of an axis of one element may be anything; TMA wants multiples of 16 bytes
     strides = [s if n > 1 else view.shape[3] for s, n in zip(view.stride(), view.shape, strict=True)]
     strides[3] = 1
-    return TensorDescriptor(view, list(view.shape), strides, block, box_layout(block, x.dtype))
+    return TensorDescriptor(view, list(view.shape), strides, block, box_layout(block, x.dtype, swizzle))
 
 
 def tma_readable(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Tiles of the Hopper forward: frozen records chosen by a pure function of head dim, group and the layout's statistics.
+"""Tiles of the Hopper kernels: frozen records chosen by pure functions of head dim, group and the layout's statistics.
 
-No tile of the tables spills in a loop over unmasked blocks or serialises wgmma (`scripts/aot_check_hopper.py`). They
-are the fastest over the attention workloads on an H200 (`scripts/tune_tiles.py --backend hopper`, Triton 3.6.0,
-2026-11-23); those of a softcap and of long spans at head dim 64 were checked there and not chosen by time.
+No tile of the tables spills in a loop over unmasked blocks or serialises wgmma, but for a few reloads in the backward at
+head dim 128 (`scripts/aot_check_hopper.py`). They are the fastest over the attention workloads on an H200
+(`scripts/tune_tiles.py --backend hopper`, Triton 3.6.0, 2026-11-23); those of a softcap and of long spans at head dim 64
+have not been timed.
 """
 
 from __future__ import annotations
@@ -61,6 +62,42 @@ class ForwardTile:
         return self.consumers * ROWS // self.heads(group)
 
 
+@dataclass(frozen=True)
+class BackwardTile:
+    """Tile of the backward kernel: `consumers` warpgroups of 64 keys, against blocks of 64 (position, head) rows.
+
+    Attributes:
+        consumers: 1 or 2. Two share the sums over keys of dQ, which halves what is added to memory.
+        stages: blocks of Q and dO in flight.
+        per_sm: programs on a multiprocessor; more than one only with one consumer.
+        max_heads: most query heads of a KV group in a block's rows; the others follow one after the other.
+        persistent: 1 for as many programs as fit, each with many tiles; 0 for one tile a program.
+        section_mib: Q, dO and dQ of the heads that are worked on side by side, in MiB of L2.
+        ahead: 1 to start the scores of the next block beside the last products of this one.
+    """
+
+    consumers: int = 2
+    stages: int = 2
+    per_sm: int = 1
+    max_heads: int = 4
+    persistent: int = 0
+    section_mib: int = 32
+    ahead: int = 1
+
+    @property
+    def max_registers(self) -> int | None:
+        """Registers of a thread at launch (`maxnreg`), where more than one program shares a multiprocessor."""
+        return {(1, 2): 128}.get((self.consumers, self.per_sm))
+
+    def heads(self, group: int) -> int:
+        """Query heads in a block's rows: the largest power of two that divides the group and is at most `max_heads`."""
+        return ForwardTile(max_heads=self.max_heads).heads(group)
+
+    def columns(self, head_dim: int) -> int:
+        """Columns of dQ that a consumer makes at a time."""
+        return min(head_dim // self.consumers, 64)
+
+
 # fmt: off
 _SHORT = {  # short documents: many query heads in a narrow tile
     64:  ForwardTile(consumers=1, block_n=64, stages=3, q_stages=2, per_sm=3),
@@ -86,7 +123,26 @@ def default_forward_tile(head_dim: int, group: int, long: bool, softcap: bool = 
     return (_LONG if long else _SHORT_MHA if group == 1 else _SHORT)[head_dim]
 
 
-OPTIONS = tuple(f"forward_{f.name}" for f in dataclasses.fields(ForwardTile))
+_BACKWARD = {
+    64: BackwardTile(consumers=1, per_sm=2),
+    128: BackwardTile(consumers=2, max_heads=2, ahead=0),
+}
+_BACKWARD_LONG = {
+    64: BackwardTile(consumers=2, max_heads=1),
+    128: BackwardTile(consumers=2, max_heads=1, ahead=0),
+}
+_BACKWARD_SOFTCAP = {128: BackwardTile(consumers=1, ahead=0)}
+
+
+def default_backward_tile(head_dim: int, long: bool, softcap: bool = False) -> BackwardTile:
+    """The table's tile for a head dim of 64 or 128; `long` as `BlockMask.long_spans`."""
+    if softcap and head_dim in _BACKWARD_SOFTCAP:
+        return _BACKWARD_SOFTCAP[head_dim]
+    return (_BACKWARD_LONG if long else _BACKWARD)[head_dim]
+
+
+_FORWARD_OPTIONS = tuple(f"forward_{f.name}" for f in dataclasses.fields(ForwardTile))
+OPTIONS = (*_FORWARD_OPTIONS, *(f"backward_{f.name}" for f in dataclasses.fields(BackwardTile)))
 
 
 def tile_list(kernel_options: dict[str, int] | None) -> list[int]:
@@ -108,6 +164,16 @@ def tile_list(kernel_options: dict[str, int] | None) -> list[int]:
 def resolve_forward_tile(tiles: list[int], head_dim: int, group: int, long: bool, softcap: bool = False) -> ForwardTile:
     """The table's tile with the given entries of an op's tile list in their place."""
     chosen = dataclasses.astuple(default_forward_tile(head_dim, group, long, softcap))
+    return ForwardTile(*_overlaid(tiles[: len(_FORWARD_OPTIONS)], chosen))
+
+
+def resolve_backward_tile(tiles: list[int], head_dim: int, long: bool, softcap: bool = False) -> BackwardTile:
+    """As `resolve_forward_tile`."""
+    chosen = dataclasses.astuple(default_backward_tile(head_dim, long, softcap))
+    return BackwardTile(*_overlaid(tiles[len(_FORWARD_OPTIONS) :], chosen))
+
+
+def _overlaid(tiles: list[int], chosen: tuple[int, ...]) -> tuple[int, ...]:
     if not tiles:
-        return ForwardTile(*chosen)
-    return ForwardTile(*(default if given < 0 else given for given, default in zip(tiles, chosen, strict=True)))
+        return chosen
+    return tuple(default if given < 0 else given for given, default in zip(tiles, chosen, strict=True))

@@ -34,8 +34,8 @@ class CompiledHopper(Compiled):
     """`Compiled`, and `loop_spills`: most instructions that move spilled registers in a loop over unmasked blocks.
 
     Spills elsewhere cost a few cycles a tile of thousands; ptxas makes some where the roles of the warps part. Two such
-    instructions in a loop of more than 400, reloads of its bound and the like, are let pass, and 12 in the backward: its
-    fastest tiles at head dim 128 have 3 and 11 (single 535 TFLOP/s, against 499 with the tile that has 6).
+    instructions in a loop of more than 400, reloads of its bound and the like, are let pass, and 12 in the backward:
+    its fastest tiles at head dim 128 have 3 and 11 (single 535 TFLOP/s, against 499 with the tile that has 6).
     """
 
     loop_spills: int = 0

@@ -69,8 +69,12 @@ def backend_and_reason() -> tuple[str, str]:
     """The backend that `flex_attention` takes for document masks on the default device, and why."""
     import torch
 
+    from packflex.attention.hopper import support
+
     if torch.cuda.is_available():
-        return "triton", "a CUDA device is there: document masks run on the fused Triton kernels"
+        if why := support.card_refusal():
+            return "triton", f"document masks run on the fused Triton kernels (not on those for Hopper: {why})"
+        return "hopper", "a Hopper card is there: document masks run on its Gluon kernels, others on Triton's"
     if not torch.backends.cuda.is_built():
         return "reference", "this torch is built without CUDA: documents run one by one on the CPU, exactly"
     return "reference", "torch sees no CUDA device (no driver, or none visible): documents run one by one on the CPU"

@@ -155,7 +155,7 @@ def test_doctor_checks_attention(run):
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
     assert re.search(r"torch +2\.", out)
-    assert re.search(r"attention +(reference|triton): ", out)
+    assert re.search(r"attention +(reference|triton|hopper): ", out)
     assert re.search(r"float32 +\d\.\de-0[78] .*3e-06 +ok", out)
     assert re.search(r"gemma3_text +cpu +none", out)
     assert out.count("none") == len(FAMILIES)
@@ -196,7 +196,7 @@ def test_doctor_names_the_backend_that_runs():
     from packflex.masks import document_mask
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    query = torch.zeros(1, 1, 4, 16, device=device)
+    query = torch.zeros(1, 1, 4, 64, device=device, dtype=torch.bfloat16)
     mask = document_mask(PackedLayout.from_lengths([[4]]).to(device))
     assert doctor.backend_and_reason()[0] == api._choose_backend(None, query, query, query, mask, None, 0.25, None)
 

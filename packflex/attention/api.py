@@ -14,8 +14,6 @@ from packflex.attention.reference import ScoreMod
 from packflex.masks.block_mask import BlockMask
 
 BACKENDS = ("hopper", "triton", "torch", "reference")
-# "hopper" is taken by name until the tests of the portable kernels have run whole with it as the default.
-HOPPER_BY_DEFAULT = False
 
 
 def flex_attention(
@@ -218,8 +216,7 @@ def _choose_backend(
     if not intervals_only:
         return "torch"
     # kernel_options without a backend have always meant the portable kernels' tiles
-    hopper = HOPPER_BY_DEFAULT and not kernel_options and not support.refusal(query, key, value, scale)
-    return "hopper" if hopper else "triton"
+    return "triton" if kernel_options or support.refusal(query, key, value, scale) else "hopper"
 
 
 def _intervals(mask: BlockMask | None, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

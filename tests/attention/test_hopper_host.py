@@ -66,15 +66,15 @@ def test_units_of_a_section_fit_the_budget():
 @pytest.mark.parametrize("rows", [16, 48, 128])
 @pytest.mark.parametrize("of_keys", [False, True])
 def test_work_order_is_a_permutation_by_falling_work(rows, of_keys):
-    from packflex.attention.hopper.order import work_order
+    from packflex.attention.hopper.order import HEADER, work_order
 
     layout = PackedLayout.from_lengths([[300, 1, 63, 111], [20] * 20, []], 500).to(DEVICE)
     mask = document_mask(layout, window=200)
     intervals = mask.q_intervals if of_keys else mask.kv_intervals
-    plan = work_order(intervals, rows, 64, tuple(range(8))).cpu()
-    assert plan[:8].tolist() == list(range(8))
+    plan = work_order(intervals, rows, 64, tuple(range(9))).cpu()
+    assert plan[:9].tolist() == list(range(9))
     lo, hi = intervals.cpu()
-    for b, records in enumerate(plan[8:].view(3, -1, 4)):
+    for b, records in enumerate(plan[HEADER.value :].view(3, -1, 4)):
         assert sorted(records[:, 0].tolist()) == list(range(0, 500, rows))
         blocks = records[:, 2].tolist()
         assert blocks == sorted(blocks, reverse=True)
@@ -86,7 +86,7 @@ def test_work_order_is_a_permutation_by_falling_work(rows, of_keys):
 @pytest.mark.parametrize("packed", [1, 2])
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_statistics_of_the_rows(packed, with_lse):
-    from packflex.attention.hopper.prepare import _hopper_bwd_prepare_kernel
+    from packflex.attention.hopper.prepare import STATS_BEFORE, _hopper_bwd_prepare_kernel, stat_copies
 
     torch.manual_seed(0)
     batch, heads, length, dim = 2, 4, 50, 64
@@ -94,16 +94,25 @@ def test_statistics_of_the_rows(packed, with_lse):
     lse, grad_lse = (torch.randn(batch, heads, length, device=DEVICE) for _ in range(2))
     lse[1, :, 40:] = -torch.inf
     grad[1, :, 40:] = torch.nan
-    lse_2, delta = (torch.full((batch, heads // packed, length, packed), torch.nan, device=DEVICE) for _ in range(2))
+    rows, copies, before = batch * heads * length, stat_copies(packed), STATS_BEFORE.value
+    lse_2, delta = (torch.full((copies, before + rows), torch.nan, device=DEVICE) for _ in range(2))
     sums = torch.full((batch * length * heads, dim), torch.nan, device=DEVICE)
     _hopper_bwd_prepare_kernel[(2, heads, batch)](
         out, grad, grad_lse, lse, lse_2, delta, sums, *out.stride()[:3], *grad.stride()[:3], *grad_lse.stride(),
-        length, heads, HEADS=packed, D=dim, BLOCK_M=32, HAS_GRAD_LSE=with_lse,
+        length, heads, before + rows, HEADS=packed, D=dim, BLOCK_M=32, COPIES=copies, HAS_GRAD_LSE=with_lse,
     )  # fmt: skip
     assert not sums.any()
     expected = (out * grad).sum(-1) - (grad_lse if with_lse else 0)
     blind = lse == -torch.inf
-    lse_2, delta = (x.transpose(2, 3).reshape(batch, heads, length) for x in (lse_2, delta))
+    assert copies == 4 // packed
+    for stats in (lse_2, delta):
+        assert not stats[0, :before].any()
+        for i in range(1, copies):  # row r of copy i lies i * packed before that of the first copy
+            assert torch.equal(stats[i, : before + rows - i * packed], stats[0, i * packed :])
+    lse_2, delta = (
+        x[0, before:].view(batch, heads // packed, length, packed).transpose(2, 3).reshape(batch, heads, length)
+        for x in (lse_2, delta)
+    )
     torch.testing.assert_close(delta, expected.masked_fill(blind, 0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse_2, lse.masked_fill(blind, 0) * 1.4426950408889634, rtol=1e-6, atol=1e-6)
 

@@ -9,7 +9,6 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from packflex import PackedLayout, document_mask, flex_attention
-from packflex.attention.api import HOPPER_BY_DEFAULT
 from packflex.attention.hopper.tiles import BackwardTile, ForwardTile
 from packflex.masks.intervals import document_intervals
 from packflex.testing.cases import AttentionCase, check_against_oracle, small_cases
@@ -297,13 +296,13 @@ def test_a_head_group_of_its_own_and_strided_gradients():
     against_float64(q, k, v, grad[:, :, :1, :1].expand_as(grad), mask)
 
 
-def test_it_is_taken_by_name_and_refuses_by_reason():
+def test_it_is_the_default_and_refuses_by_reason():
     q, k, v = (torch.randn(1, 2, 96, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     mask = document_mask(PackedLayout.from_lengths([[96]]).to("cuda"))
     named = flex_attention(q, k, v, block_mask=mask, backend="hopper")
     portable = flex_attention(q, k, v, block_mask=mask, backend="triton")
     assert not torch.equal(named, portable), "the two must differ in some bit for what follows to prove anything"
-    assert torch.equal(flex_attention(q, k, v, block_mask=mask), named if HOPPER_BY_DEFAULT else portable)
+    assert torch.equal(flex_attention(q, k, v, block_mask=mask), named)
     for x in (q, k, v):
         x.requires_grad_()
     assert torch.equal(flex_attention(q, k, v, block_mask=mask, backend="hopper"), named)
@@ -374,13 +373,13 @@ def test_cuda_graph_replays_with_new_documents():
 
 @pytest.mark.parametrize("rows", [1, 16, 32, 48, 128])
 def test_work_order_is_a_permutation_by_falling_work(rows):
-    from packflex.attention.hopper.order import work_order
+    from packflex.attention.hopper.order import HEADER, work_order
 
     layout = PackedLayout.from_lengths(lognormal_rows(2, 3, 5000), 5100).to("cuda")
     intervals = document_mask(layout).kv_intervals
-    plan = work_order(intervals, rows, 64, tuple(range(8))).cpu()
-    assert plan[:8].tolist() == list(range(8))
-    records = plan[8:].view(3, -1, 4)
+    plan = work_order(intervals, rows, 64, tuple(range(9))).cpu()
+    assert plan[:9].tolist() == list(range(9))
+    records = plan[HEADER.value :].view(3, -1, 4)
     lo, hi = intervals.cpu()
     for b in range(3):
         assert sorted(records[b, :, 0].tolist()) == list(range(0, 5100, rows))

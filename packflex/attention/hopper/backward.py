@@ -31,11 +31,13 @@ from packflex.attention.hopper.order import (
     KV_LEN,
     Q_LEN,
     SECTION,
+    STRIDE_COPY,
     STRIDE_KB,
     STRIDE_QB,
     TILES,
     TOTAL,
 )
+from packflex.attention.hopper.prepare import STATS_BEFORE
 from packflex.attention.hopper.shim import tma_add, tma_load
 
 # Rows before those of dQ's sums: a block moved back before the first row of all adds its zeros there. TMA reductions
@@ -51,18 +53,27 @@ def _tile_start(key, KV_HI, i_b, stride_ib, q_len, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def _bwd_producer(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, LSE, DELTA, PLAN, KV_HI,
-    q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, STATS_BY_TMA: gl.constexpr,
-):  # fmt: skip
-    """Loads: K and V of each tile, then its blocks of Q, dO, lse and delta, one subgroup of heads after the other.
+def _stat_coordinate(row, stride_copy, HEADS: gl.constexpr):
+    """Where a box of lse or delta from `row` on starts, in the copy that has it at a multiple of 4 elements.
 
-    STATS_BY_TMA: lse and delta come by TMA, which takes boxes that start at a multiple of 16 bytes only.
+    TMA takes boxes of rank 1 that start at a multiple of 16 bytes only; blocks start at any position.
     """
+    if HEADS % 4 == 0:
+        at = row
+    else:
+        at = row - (row & 3) + (row & 3) // HEADS * stride_copy
+    return at + STATS_BEFORE
+
+
+@gluon.jit
+def _bwd_producer(
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, PLAN, KV_HI,
+    q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Loads: K and V of each tile, then its blocks of Q, dO, lse and delta, one subgroup of heads after the other."""
     PART: gl.constexpr = 64 // HEADS
     UNITS: gl.constexpr = GROUP // HEADS
-    lanes: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     c = 0
     for j in range(_turns(gl.load(PLAN + TOTAL))):
         kv_heads = gl.load(PLAN + KV_HEADS)
@@ -73,6 +84,7 @@ def _bwd_producer(
         first = gl.load(p_record + 1)
         blocks = gl.maximum(gl.load(p_record + 2), 1)
         last = gl.load(p_record + 3)
+        copy = gl.load(PLAN + STRIDE_COPY)
         mbarrier.wait(kv_empty, (j & 1) ^ 1)
         mbarrier.expect(kv_full, 2 * CONSUMERS * k_desc.block_type.nbytes)
         for g in gl.static_range(CONSUMERS):
@@ -86,31 +98,15 @@ def _bwd_producer(
                 phase = ((c // STAGES) & 1) ^ 1
                 pos = gl.minimum(first + i * PART, last)
                 q_bytes: gl.constexpr = q_desc.block_type.nbytes
-                if STATS_BY_TMA:
-                    mbarrier.wait(q_empty.index(stage), phase)
-                    mbarrier.expect(q_full.index(stage), q_bytes + lse_desc.block_type.nbytes)
-                    tma_load(q_desc, [i_b, pos, head, 0], q_full.index(stage), q_s.index(stage))
-                    tma_load(lse_desc, [row + pos * HEADS], q_full.index(stage), lse_s.index(stage))
-                    mbarrier.wait(o_empty.index(stage), phase)
-                    mbarrier.expect(o_full.index(stage), q_bytes + delta_desc.block_type.nbytes)
-                    tma_load(do_desc, [i_b, pos, head, 0], o_full.index(stage), do_s.index(stage))
-                    tma_load(delta_desc, [row + pos * HEADS], o_full.index(stage), delta_s.index(stage))
-                else:
-                    # Through registers, loaded while the buffers are still in use. Rows of a block moved back before
-                    # the first row of all are not there.
-                    o_stat = row + pos * HEADS + gl.arange(0, 64, lanes)
-                    b_lse = gl.load(LSE + o_stat, mask=o_stat >= 0, other=0.0)
-                    b_delta = gl.load(DELTA + o_stat, mask=o_stat >= 0, other=0.0)
-                    mbarrier.wait(q_empty.index(stage), phase)
-                    mbarrier.expect(q_full.index(stage), q_bytes)
-                    tma_load(q_desc, [i_b, pos, head, 0], q_full.index(stage), q_s.index(stage))
-                    lse_s.index(stage).store(b_lse)
-                    mbarrier.arrive(q_full.index(stage), count=1)
-                    mbarrier.wait(o_empty.index(stage), phase)
-                    mbarrier.expect(o_full.index(stage), q_bytes)
-                    tma_load(do_desc, [i_b, pos, head, 0], o_full.index(stage), do_s.index(stage))
-                    delta_s.index(stage).store(b_delta)
-                    mbarrier.arrive(o_full.index(stage), count=1)
+                at_stat = _stat_coordinate(row + pos * HEADS, copy, HEADS)
+                mbarrier.wait(q_empty.index(stage), phase)
+                mbarrier.expect(q_full.index(stage), q_bytes + lse_desc.block_type.nbytes)
+                tma_load(q_desc, [i_b, pos, head, 0], q_full.index(stage), q_s.index(stage))
+                tma_load(lse_desc, [at_stat], q_full.index(stage), lse_s.index(stage))
+                mbarrier.wait(o_empty.index(stage), phase)
+                mbarrier.expect(o_full.index(stage), q_bytes + delta_desc.block_type.nbytes)
+                tma_load(do_desc, [i_b, pos, head, 0], o_full.index(stage), do_s.index(stage))
+                tma_load(delta_desc, [at_stat], o_full.index(stage), delta_s.index(stage))
                 c += 1
 
 
@@ -256,7 +252,7 @@ def _bwd_consumer(
     q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full,
     scale, sm, cap_in, cap_out,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, STATS_BY_TMA: gl.constexpr,
+    COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """64 keys of each tile: consumer g of CONSUMERS."""
     PART: gl.constexpr = 64 // HEADS
@@ -380,21 +376,20 @@ def _bwd_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize_on_alignment=["LSE", "DELTA", "Q_LO", "Q_HI", "KV_HI", "PLAN"])
+@gluon.jit(do_not_specialize_on_alignment=["Q_LO", "Q_HI", "KV_HI", "PLAN"])
 def _hopper_bwd_kernel(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, LSE, DELTA, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN,
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN,
     scale, sm, cap_in, cap_out,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, STATS_BY_TMA: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Work items program_id, program_id + num_programs, ...: as many programs as items, or persistent ones.
 
     Descriptors: q, dO [B, S, Hq, D] in boxes [1, 64 // HEADS, HEADS, D]; k, v [B, KV_LEN, Hkv, D] in boxes
-    [1, 64, 1, D]; lse (base 2) and delta fp32 [B * Hq / HEADS * S * HEADS], rows of a subgroup of heads side by side,
-    in boxes [64]; the sums of dQ / scale fp32 [SUMS_BEFORE + rows as those, D] in boxes [64, COLUMNS]. GRAD_K, GRAD_V
-    [B, KV_LEN, Hkv, D] dense. Q_LO, Q_HI int32 [B, KV_LEN] and KV_HI [B, S]; PLAN as `order.work_order` of keys by
-    queries, with the sizes of `order` before it.
+    [1, 64, 1, D]; lse (base 2) and delta fp32 [copies, STRIDE_COPY] in boxes [64], rows of a subgroup of heads side by
+    side, as `prepare` writes them; the sums of dQ / scale fp32 [SUMS_BEFORE + rows as those, D] in boxes [64, COLUMNS].
+    GRAD_K, GRAD_V [B, KV_LEN, Hkv, D] dense. Q_LO, Q_HI int32 [B, KV_LEN] and KV_HI [B, S]; PLAN as `order.work_order`
+    of keys by queries, with the sizes of `order` before it.
     """
     PART: gl.constexpr = 64 // HEADS
     SLOTS: gl.constexpr = D // COLUMNS
@@ -402,9 +397,8 @@ def _hopper_bwd_kernel(
     do_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, PART, HEADS, D], do_desc.layout)
     k_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 64, 1, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 64, 1, D], v_desc.layout)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, 64], lse_desc.layout if STATS_BY_TMA else plain)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, 64], delta_desc.layout if STATS_BY_TMA else plain)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, 64], lse_desc.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, 64], delta_desc.layout)
     ds_s = gl.allocate_shared_memory(
         q_desc.dtype, [2 * CONSUMERS, 64, 64],
         gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2),
@@ -420,8 +414,8 @@ def _hopper_bwd_kernel(
     mbarrier.init(kv_full, count=1)
     mbarrier.init(kv_empty, count=CONSUMERS)
     for x in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(x), count=1 if STATS_BY_TMA else 2)
-        mbarrier.init(o_full.index(x), count=1 if STATS_BY_TMA else 2)
+        mbarrier.init(q_full.index(x), count=1)
+        mbarrier.init(o_full.index(x), count=1)
         mbarrier.init(q_empty.index(x), count=CONSUMERS)
         mbarrier.init(o_empty.index(x), count=CONSUMERS)
     for x in gl.static_range(2):
@@ -433,17 +427,17 @@ def _hopper_bwd_kernel(
             (_bwd_consumer, (
                 0, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
                 kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, scale, sm, cap_in, cap_out,
-                HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, STATS_BY_TMA,
+                HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP,
             )),
             (_bwd_consumer, (
                 1, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
                 kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, scale, sm, cap_in, cap_out,
-                HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, STATS_BY_TMA,
+                HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP,
             )),
             (_bwd_producer, (
-                q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, LSE, DELTA, PLAN, KV_HI, q_s, do_s, k_s, v_s,
+                q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, PLAN, KV_HI, q_s, do_s, k_s, v_s,
                 lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty,
-                HEADS, GROUP, CONSUMERS, STAGES, STATS_BY_TMA,
+                HEADS, GROUP, CONSUMERS, STAGES,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
@@ -451,11 +445,11 @@ def _hopper_bwd_kernel(
             (_bwd_consumer, (
                 0, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
                 kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, scale, sm, cap_in, cap_out,
-                HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, STATS_BY_TMA,
+                HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP,
             )),
             (_bwd_producer, (
-                q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, LSE, DELTA, PLAN, KV_HI, q_s, do_s, k_s, v_s,
+                q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, PLAN, KV_HI, q_s, do_s, k_s, v_s,
                 lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty,
-                HEADS, GROUP, CONSUMERS, STAGES, STATS_BY_TMA,
+                HEADS, GROUP, CONSUMERS, STAGES,
             )),
         ], [1], [24])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from packflex.attention.hopper.backward import SUMS_BEFORE, _hopper_bwd_kernel
 from packflex.attention.hopper.forward import LOG2_E, _hopper_fwd_kernel
-from packflex.attention.hopper.order import tiles_of, units_per_section, work_order
+from packflex.attention.hopper.order import HEADER, tiles_of, units_per_section, work_order
 from packflex.attention.hopper.prepare import (
     PREPARED_ROWS,
+    STATS_BEFORE,
     _hopper_bwd_cast_kernel,
     _hopper_bwd_prepare_kernel,
+    stat_copies,
 )
 from packflex.attention.hopper.tiles import (
     ROWS,
@@ -63,7 +66,7 @@ def launch_forward(
     keys = [1, tile.block_n, 1, head_dim]
     _hopper_fwd_kernel[(programs,)](
         descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), descriptor(out, rows),
-        lse, lse if sinks is None else sinks, kv_intervals[0], kv_intervals[1], plan[8:],
+        lse, lse if sinks is None else sinks, kv_intervals[0], kv_intervals[1], plan[HEADER.value :],
         kv_intervals.stride(1), q_len, tiles, units, section, total, *score_factors(scale, softcap),
         **forward_constants(tile, head_dim, group, softcap > 0, sinks is not None), **launch_options(tile),
     )  # fmt: skip
@@ -98,13 +101,15 @@ def launch_backward(
     before = SUMS_BEFORE.value
     sums = torch.empty((before + batch * heads * q_len, head_dim), dtype=torch.float32, device=q.device)
     grad_q, grad_k, grad_v = (new_bshd(x) for x in (q, k, v))
-    lse_2, delta = (torch.empty(batch * heads * q_len, dtype=torch.float32, device=q.device) for _ in range(2))
+    copies = stat_copies(packed)
+    stride_copy = STATS_BEFORE.value + triton.cdiv(batch * heads * q_len, 4) * 4
+    lse_2, delta = (torch.empty(copies * stride_copy, dtype=torch.float32, device=q.device) for _ in range(2))
 
     _hopper_bwd_prepare_kernel[(triton.cdiv(q_len, PREPARED_ROWS), heads, batch)](
         out, grad_out, lse if grad_lse is None else grad_lse, lse, lse_2, delta, sums[before:],
         *out.stride()[:3], *grad_out.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
-        q_len, heads,
-        HEADS=packed, D=head_dim, BLOCK_M=PREPARED_ROWS, HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
+        q_len, heads, stride_copy,
+        HEADS=packed, D=head_dim, BLOCK_M=PREPARED_ROWS, COPIES=copies, HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
     )  # fmt: skip
 
     tiles = tiles_of(kv_len, tile.consumers * ROWS)
@@ -112,18 +117,18 @@ def launch_backward(
     # Q and dO of the whole group, and dQ in fp32, where the forward has K and V of one head
     section = units_per_section(kv_heads, 2 * group * q_len, head_dim, 1, tile.section_mib << 20)
     programs = min(total, multiprocessors(q.device) * tile.per_sm) if tile.persistent else total
-    sizes = (total, tiles, section, kv_heads, q_len, kv_len, q_intervals.stride(1), kv_intervals.stride(1))
+    strides = (q_intervals.stride(1), kv_intervals.stride(1), stride_copy)
+    sizes = (total, tiles, section, kv_heads, q_len, kv_len, *strides)
     plan = work_order(q_intervals, tile.consumers * ROWS, ROWS // packed, sizes)
     boxes = backward_boxes(tile, head_dim, group)
     box, _ = boxes["dq_desc"]
-    sum_desc = TensorDescriptor(sums, list(sums.shape), [head_dim, 1], box, box_layout(box, torch.float32))
+    sum_desc = _Descriptor(sums, list(sums.shape), [head_dim, 1], box, box_layout(box, torch.float32))
     stat_layout = box_layout([ROWS], torch.float32)
     _hopper_bwd_kernel[(programs,)](
         descriptor(q, *boxes["q_desc"]), descriptor(grad_out, *boxes["do_desc"]),
         descriptor(k, *boxes["k_desc"]), descriptor(v, *boxes["v_desc"]),
-        *(TensorDescriptor(x, [x.shape[0]], [1], [ROWS], stat_layout) for x in (lse_2, delta)),
-        sum_desc, lse_2, delta,
-        grad_k, grad_v, q_intervals[0], q_intervals[1], kv_intervals[1], plan,
+        *(_Descriptor(x, [x.shape[0]], [1], [ROWS], stat_layout) for x in (lse_2, delta)),
+        sum_desc, grad_k, grad_v, q_intervals[0], q_intervals[1], kv_intervals[1], plan,
         scale, *score_factors(scale, softcap),
         **backward_constants(tile, head_dim, group, softcap > 0), **launch_options(tile),
     )  # fmt: skip
@@ -132,7 +137,7 @@ def launch_backward(
     )  # fmt: skip
     if not want_delta:
         return grad_q, grad_k, grad_v, None
-    rows = delta.view(batch, heads // packed, q_len, packed)
+    rows = delta[STATS_BEFORE.value :][: batch * heads * q_len].view(batch, heads // packed, q_len, packed)
     return grad_q, grad_k, grad_v, rows.transpose(2, 3).reshape(batch, heads, q_len)
 
 
@@ -171,7 +176,6 @@ def backward_constants(tile: BackwardTile, head_dim: int, group: int, softcap: b
         "COLUMNS": tile.columns(head_dim),
         "AHEAD": tile.ahead > 0,
         "SOFTCAP": softcap,
-        "STATS_BY_TMA": tile.heads(group) % 4 == 0,  # a block may start at any position
         "REGISTERS": 240,
     }
 
@@ -200,30 +204,55 @@ def launch_options(tile: ForwardTile | BackwardTile) -> dict[str, int]:
 
 def box_layout(block: list[int], dtype: torch.dtype, swizzle: int = -1) -> Any:
     """Layout of a box in shared memory; `swizzle` in bytes, -1 for the widest that fits."""
+    return _box_layout(tuple(block), dtype, swizzle)
+
+
+@lru_cache(maxsize=256)
+def _box_layout(block: tuple[int, ...], dtype: torch.dtype, swizzle: int) -> Any:
     if swizzle < 0:
-        return NVMMASharedLayout.get_default_for(block, GLUON_TYPES[dtype])
+        return NVMMASharedLayout.get_default_for(list(block), GLUON_TYPES[dtype])
     return NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * dtype.itemsize, rank=len(block))
 
 
+class _Descriptor(TensorDescriptor):
+    """A TensorDescriptor without the checks of its making, which cost more time than all else about it.
+
+    What they check, `tma_readable` and the tables of boxes see to.
+    """
+
+    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], layout: Any) -> None:
+        self.base = base
+        self.shape = shape
+        self.strides = strides
+        self.block_shape = block_shape
+        self.layout = layout
+        self.padding = "zero"
+
+
 def descriptor(x: Tensor, block: list[int], swizzle: int = -1) -> Any:
-    """TMA descriptor of x [B, H, S, D] as [B, S, H, D], in boxes of shape `block`."""
-    view = x.transpose(1, 2)
+    """TMA descriptor of x [B, H, S, D] as [B, S, H, D], in boxes of shape `block`; x as `tma_readable` leaves it."""
+    batch, heads, length, head_dim = x.shape
+    stride_b, stride_h, stride_s, _ = x.stride()
     # the stride of an axis of one element may be anything; TMA wants multiples of 16 bytes
-    strides = [s if n > 1 else view.shape[3] for s, n in zip(view.stride(), view.shape, strict=True)]
-    strides[3] = 1
-    return TensorDescriptor(view, list(view.shape), strides, block, box_layout(block, x.dtype, swizzle))
+    strides = [
+        stride_b if batch > 1 else head_dim,
+        stride_s if length > 1 else head_dim,
+        stride_h if heads > 1 else head_dim,
+        1,
+    ]
+    return _Descriptor(x, [batch, length, heads, head_dim], strides, block, box_layout(block, x.dtype, swizzle))
 
 
 def tma_readable(x: Tensor) -> Tensor:
     """`x` itself when TMA can address it (16-byte aligned rows and strides, none of them 0); otherwise a copy."""
     step = 16 // x.element_size()
-    strides = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
-    if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % step == 0 for s in strides):
-        return x
-    room = new_bshd(x)
-    return room.copy_(x)
+    aligned = x.stride(3) == 1 and x.data_ptr() % 16 == 0
+    for stride, count in zip(x.stride()[:3], x.shape, strict=False):
+        aligned = aligned and (count == 1 or (stride > 0 and stride % step == 0))
+    return x if aligned else new_bshd(x).copy_(x)
 
 
+@lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a card."""
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -20,8 +20,8 @@ from torch import Tensor
 
 RECORD = 4
 # Where a plan's header keeps the sizes of a problem: kernels load them tile by tile, to spare registers.
-HEADER = tl.constexpr(8)
-TOTAL, TILES, SECTION, KV_HEADS, Q_LEN, KV_LEN, STRIDE_QB, STRIDE_KB = (tl.constexpr(i) for i in range(8))
+HEADER = tl.constexpr(12)
+TOTAL, TILES, SECTION, KV_HEADS, Q_LEN, KV_LEN, STRIDE_QB, STRIDE_KB, STRIDE_COPY = (tl.constexpr(i) for i in range(9))
 _TILES = 64  # tiles ranked by one program, and compared with at a time
 
 
@@ -35,16 +35,16 @@ def _blocks_of(LO, HI, o_tile, tiles, length, ROWS: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit(
-    do_not_specialize=["stride_plane", "stride_b", "tiles", "length", "s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7"],
+    do_not_specialize=["stride_plane", "stride_b", "tiles", "length", *(f"s{i}" for i in range(9))],
     do_not_specialize_on_alignment=["INTERVALS", "PLAN"],
 )
 def _work_order_kernel(
-    INTERVALS, PLAN, stride_plane, stride_b, tiles, length, s0, s1, s2, s3, s4, s5, s6, s7,
+    INTERVALS, PLAN, stride_plane, stride_b, tiles, length, s0, s1, s2, s3, s4, s5, s6, s7, s8,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Records of TILES tiles of a row of the batch, each written at its rank among all tiles of the row.
 
-    The first program writes the header, s0 to s7, before them.
+    The first program writes the header, s0 to s8, before them.
     """
     i_b = tl.program_id(1)
     p_lo = INTERVALS + i_b.to(tl.int64) * stride_b
@@ -61,7 +61,7 @@ def _work_order_kernel(
         )
         rank += tl.sum(ahead.to(tl.int32), 1)
     m = o_tile < tiles
-    p = PLAN + 8 + (i_b.to(tl.int64) * tiles + rank) * 4
+    p = PLAN + HEADER + (i_b.to(tl.int64) * tiles + rank) * 4
     last = tl.load(p_hi + length - 1) - COLUMNS
     tl.store(p, o_tile * ROWS, mask=m)
     tl.store(p + 1, lo, mask=m)
@@ -76,6 +76,7 @@ def _work_order_kernel(
         tl.store(PLAN + 5, s5)
         tl.store(PLAN + 6, s6)
         tl.store(PLAN + 7, s7)
+        tl.store(PLAN + 8, s8)
 
 
 def tiles_of(length: int, rows: int) -> int:
@@ -83,18 +84,18 @@ def tiles_of(length: int, rows: int) -> int:
     return triton.cdiv(length, rows)
 
 
-def work_order(intervals: Tensor, rows: int, columns: int, sizes: tuple[int, ...] = (0,) * 8) -> Tensor:
-    """A plan: int32 [8 + B * T * 4], the sizes, then the records of every tile, in each batch row by falling blocks.
+def work_order(intervals: Tensor, rows: int, columns: int, sizes: tuple[int, ...] = (0,) * 9) -> Tensor:
+    """A plan: int32 [HEADER + B * T * 4], sizes, then records of every tile, in each batch row by falling blocks.
 
     Args:
         intervals: int32 [2, B, S] with a contiguous last axis: first column and end of the columns of each row.
         rows: rows of a tile (positions, for queries).
         columns: columns of a block.
-        sizes: total, tiles, section, kv_heads, q_len, kv_len and two strides, for kernels that read the header.
+        sizes: total, tiles, section, kv_heads, q_len, kv_len and three strides, for kernels that read the header.
     """
     _, batch, length = intervals.shape
     tiles = tiles_of(length, rows)
-    plan = torch.empty(8 + batch * tiles * RECORD, dtype=torch.int32, device=intervals.device)
+    plan = torch.empty(HEADER.value + batch * tiles * RECORD, dtype=torch.int32, device=intervals.device)
     _work_order_kernel[(triton.cdiv(tiles, _TILES), batch)](
         intervals, plan, intervals.stride(0), intervals.stride(1), tiles, length, *sizes,
         ROWS=rows, COLUMNS=columns, TILES=_TILES, num_warps=4,

@@ -163,17 +163,15 @@ def tile_list(kernel_options: dict[str, int] | None) -> list[int]:
 
 def resolve_forward_tile(tiles: list[int], head_dim: int, group: int, long: bool, softcap: bool = False) -> ForwardTile:
     """The table's tile with the given entries of an op's tile list in their place."""
-    chosen = dataclasses.astuple(default_forward_tile(head_dim, group, long, softcap))
-    return ForwardTile(*_overlaid(tiles[: len(_FORWARD_OPTIONS)], chosen))
+    chosen = default_forward_tile(head_dim, group, long, softcap)
+    return ForwardTile(*_overlaid(tiles[: len(_FORWARD_OPTIONS)], dataclasses.astuple(chosen))) if tiles else chosen
 
 
 def resolve_backward_tile(tiles: list[int], head_dim: int, long: bool, softcap: bool = False) -> BackwardTile:
     """As `resolve_forward_tile`."""
-    chosen = dataclasses.astuple(default_backward_tile(head_dim, long, softcap))
-    return BackwardTile(*_overlaid(tiles[len(_FORWARD_OPTIONS) :], chosen))
+    chosen = default_backward_tile(head_dim, long, softcap)
+    return BackwardTile(*_overlaid(tiles[len(_FORWARD_OPTIONS) :], dataclasses.astuple(chosen))) if tiles else chosen
 
 
 def _overlaid(tiles: list[int], chosen: tuple[int, ...]) -> tuple[int, ...]:
-    if not tiles:
-        return chosen
     return tuple(default if given < 0 else given for given, default in zip(tiles, chosen, strict=True))

@@ -88,7 +88,7 @@ def flex_attention(
     if deterministic and backend == "torch" and score_mod is not None:
         raise NotImplementedError(
             "deterministic=True: torch's flex_attention adds gradients of captured tensors in no fixed order; use "
-            'backend="reference"'
+            'backend="triton"'
         )
 
     cap = 0.0 if softcap is None else float(softcap)
@@ -96,9 +96,17 @@ def flex_attention(
         from packflex.attention.torch_flex import torch_flex_attention
 
         out, lse = torch_flex_attention(query, key, value, mask, score_mod, sinks, scale, cap, want_lse)
-    elif score_mod is None and (mask is None or mask.kv_intervals is not None):
+    elif backend == "triton" and not _intervals_only(mask, score_mod):
+        from packflex.attention.mods.function import attention_with_mods
+        from packflex.attention.triton.tiles import tile_list
+
+        out, lse = attention_with_mods(
+            query, key, value, mask, None if _in_lists(mask) else _intervals(mask, query, key), score_mod, sinks, scale,
+            cap, tile_list(kernel_options), _long(mask, key), _fixed(deterministic),
+        )  # fmt: skip
+    elif _intervals_only(mask, score_mod):
         kv_intervals, q_intervals = _intervals(mask, query, key)
-        long = key.shape[2] >= 1024 if mask is None else mask.long_spans
+        long = _long(mask, key)
         tiles: list[int] = []
         if backend == "triton":
             from packflex.attention.triton.tiles import tile_list
@@ -108,9 +116,8 @@ def flex_attention(
             from packflex.attention.hopper.tiles import tile_list as hopper_tile_list
 
             tiles = hopper_tile_list(kernel_options)
-        fixed = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
         out, lse = ops.attention(
-            query, key, value, kv_intervals, q_intervals, sinks, scale, cap, backend, tiles, long, fixed
+            query, key, value, kv_intervals, q_intervals, sinks, scale, cap, backend, tiles, long, _fixed(deterministic)
         )
     else:
         mask_mod = None if mask is None else mask.mask_mod
@@ -203,10 +210,15 @@ def _choose_backend(
     """The backend to run: the named one if it can, otherwise the best for the device and case."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None; got {backend!r}")
-    intervals_only = score_mod is None and (mask is None or mask.kv_intervals is not None)
-    if backend in ("hopper", "triton") and not intervals_only:
+    intervals_only = _intervals_only(mask, score_mod)
+    if backend == "hopper" and not intervals_only:
         what = "a score_mod" if score_mod is not None else "a mask_mod (it takes masks of document_mask)"
-        raise NotImplementedError(f'backend="{backend}" does not run {what} yet; use backend="torch" or "reference"')
+        raise NotImplementedError(f'backend="hopper" does not run {what} yet; use backend="triton"')
+    if backend == "triton" and not intervals_only and torch.compiler.is_compiling():
+        raise NotImplementedError(
+            'backend="triton" does not run a score_mod or a mask_mod inside torch.compile yet; leave backend=None there, '
+            "which takes torch's own flex_attention"
+        )
     if backend == "hopper" and (why := support.refusal(query, key, value, scale)):
         raise NotImplementedError(f'backend="hopper" cannot run this: {why}; use backend="triton" or "reference"')
     if backend is not None:
@@ -214,9 +226,26 @@ def _choose_backend(
     if query.device.type != "cuda" or query.dtype == torch.float64:
         return "reference"
     if not intervals_only:
-        return "torch"
+        # torch.compile traces a model's functions with tools of its own, which torch's op knows and ours does not
+        return "torch" if torch.compiler.is_compiling() else "triton"
     # kernel_options without a backend have always meant the portable kernels' tiles
     return "triton" if kernel_options or support.refusal(query, key, value, scale) else "hopper"
+
+
+def _in_lists(mask: BlockMask | None) -> bool:
+    return mask is not None and mask.kv_intervals is None
+
+
+def _intervals_only(mask: BlockMask | None, score_mod: ScoreMod | None) -> bool:
+    return score_mod is None and not _in_lists(mask)
+
+
+def _long(mask: BlockMask | None, key: Tensor) -> bool:
+    return key.shape[2] >= 1024 if mask is None else mask.long_spans
+
+
+def _fixed(deterministic: bool | None) -> bool:
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
 
 
 def _intervals(mask: BlockMask | None, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,7 @@ class BlockMask:
             None in list form.
         q_intervals: int32 [2, B, KV_LEN]: for each key the first query that sees it and the end of those. None in
             list form.
+        ragged: whether wholly visible tiles of the lists may reach past the lengths, as another library's may.
         long_spans: a hint for the choice of tiles: whether the average query sees a thousand keys or more. A host
             bool, so that choosing asks no device and a compiled model has two graphs at most.
     """
@@ -55,6 +56,7 @@ class BlockMask:
     kv_intervals: Tensor | None
     q_intervals: Tensor | None
     long_spans: bool
+    ragged: bool
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class BlockMask:
         q_intervals: Tensor | None = None,
         kv_lists: BlockLists | None = None,
         long_spans: bool = False,
+        ragged: bool = False,
     ) -> None:
         """Take the parts of one form; use `from_intervals`, `from_kv_blocks` or `from_torch`."""
         self.seq_lengths = seq_lengths
@@ -74,6 +77,7 @@ class BlockMask:
         self.q_intervals = q_intervals
         self._given_kv_lists = kv_lists
         self.long_spans = long_spans
+        self.ragged = ragged
 
     # Constructors
 
@@ -133,7 +137,8 @@ class BlockMask:
                 f"lengths {seq_lengths} in tiles of {tile} need kv_num_blocks [B, H, {rows}] and kv_indices "
                 f"[B, H, {rows}, at most {columns}]; got {tuple(shape)} and {tuple(kv_indices.shape)}"
             )
-        return BlockMask(seq_lengths, tile, mask_mod, kv_lists=lists)
+        ragged = any(length % size for length, size in zip(seq_lengths, tile, strict=True))
+        return BlockMask(seq_lengths, tile, mask_mod, kv_lists=lists, ragged=ragged)
 
     @staticmethod
     def from_torch(block_mask: Any) -> BlockMask:

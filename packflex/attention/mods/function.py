@@ -1,0 +1,70 @@
+"""Attention with any score_mod and any mask: from the user's functions to the op's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packflex.attention.mods.ops import mod_attention
+from packflex.masks.block_mask import BlockMask
+from packflex.mods.lifted import Lifted, lift
+
+
+def attention_with_mods(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    intervals: tuple[Tensor, Tensor] | None,
+    score_mod: Callable[..., Any] | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    tiles: list[int],
+    long_spans: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """out and lse through the printed kernels; `intervals` are those of the mask, or None when it holds lists."""
+    masked = None
+    if intervals is None:
+        assert mask is not None
+        masked = lift(mask.mask_mod, "mask", q.device)
+        kv = [mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices]
+        queries = [mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices]
+        kv_blocks, q_blocks = ([x.contiguous() for x in lists] for lists in (kv, queries))
+        tile, ragged = mask.BLOCK_SIZE, mask.ragged
+    else:
+        kv_blocks, q_blocks = ([x[0], x[1]] for x in intervals)
+        tile, ragged = (0, 0), False
+    scored = None if score_mod is None else lift(score_mod, "score", q.device)
+    captures: list[Tensor] = []
+    ints: list[int] = []
+    floats: list[float] = []
+    for lifted in (masked, scored):
+        if lifted is not None:
+            captures += _on_device(lifted, q)
+            for scalar, number in zip(lifted.program.scalars, lifted.numbers, strict=True):
+                (floats if scalar.role == "float" else ints).append(number)  # type: ignore[arg-type]
+    out, lse = mod_attention(
+        q, k, v, kv_blocks, q_blocks, captures, sinks, ints, floats, scored.key if scored else "",
+        masked.key if masked else "", list(tile), ragged, scale, softcap, tiles, long_spans, deterministic,
+    )  # fmt: skip
+    return out, lse
+
+
+def _on_device(lifted: Lifted, q: Tensor) -> list[Tensor]:
+    """Captured tensors as the kernels take them: on the device, contiguous where they get a gradient."""
+    captures = []
+    for slot, tensor in enumerate(lifted.captures):
+        if tensor.requires_grad and not torch.is_grad_enabled():
+            tensor = tensor.detach()
+        if tensor.device != q.device:
+            tensor = tensor.to(q.device)  # a 0-d tensor; the tracer refuses others
+        if tensor.requires_grad:
+            tensor = tensor.contiguous()
+        assert tensor.dim() == lifted.program.layouts[slot].rank
+        captures.append(tensor)
+    return captures

@@ -1,0 +1,326 @@
+"""Launchers of the printed kernels: which kernel, which tiles, which grid, and its arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from packflex.attention.memory import new_bshd
+from packflex.attention.mods import templates
+from packflex.attention.triton.backward import _flex_bwd_delta_kernel
+from packflex.attention.triton.launch import (
+    _PRECISION,
+    DELTA_ROWS,
+    _capability,
+    _check_runnable,
+    _dims,
+    _last_axis_contiguous,
+    interpreted,
+)
+from packflex.attention.triton.tiles import KernelTiles, Tile, default_tiles, edge_rows, heads_per_tile
+from packflex.mods import source
+from packflex.mods.nodes import Program
+from packflex.mods.printer import arguments
+
+# Bits that a 64-bit sum of a deterministic backward has for one contribution and all that are added to it
+_SUM_BITS = 62
+
+
+@dataclass
+class Given:
+    """A program with what it is launched on: captured tensors and numbers, in the order of its slots."""
+
+    program: Program
+    captures: list[Tensor]
+    numbers: list[float | int]
+
+    def arguments(self) -> list[Any]:
+        """The kernel's arguments."""
+        return arguments(self.program, self.captures, self.numbers)
+
+
+@dataclass
+class Blocks:
+    """Which blocks are visited: intervals, or torch's lists of one direction.
+
+    Attributes:
+        tensors: (lo, hi) int32 [B, S] each, or (num_blocks, indices, full_num_blocks, full_indices).
+        tile: (rows, columns) of the mask's own tiles in list form.
+        ragged: see `templates.Request`.
+    """
+
+    tensors: tuple[Tensor, ...]
+    tile: tuple[int, int] = (0, 0)
+    ragged: bool = False
+
+    @property
+    def lists(self) -> bool:
+        """Whether they are lists."""
+        return len(self.tensors) == 4
+
+    def numbers(self) -> list[int]:
+        """The strides that the kernels take."""
+        if not self.lists:
+            return list(self.tensors[0].stride())
+        num, indices = self.tensors[:2]
+        batch, heads, tiles = num.shape
+        return [heads * tiles if batch > 1 else 0, tiles if heads > 1 else 0, indices.shape[3]]
+
+
+@dataclass
+class Call:
+    """What forward and backward share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    score: Given | None
+    mask: Given | None
+    scale: float
+    softcap: float
+    tiles: list[int]
+    long_spans: bool
+    request: templates.Request = field(init=False)
+
+    def __post_init__(self) -> None:
+        _check_runnable(self.q, self.v)
+        self.q, self.k, self.v = (_last_axis_contiguous(x) for x in (self.q, self.k, self.v))
+
+    def strides(self) -> tuple[int, ...]:
+        """Of q, k and v."""
+        return (*self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3])
+
+    def mod_arguments(self) -> list[Any]:
+        """Of the mask's program and then the score's."""
+        return [x for given in (self.mask, self.score) if given is not None for x in given.arguments()]
+
+    def constants(self, tile: Tile, heads: int, blocks: Blocks) -> dict[str, Any]:
+        """The constants of a kernel with this tile."""
+        group = self.q.shape[1] // self.k.shape[1]
+        found: dict[str, Any] = dict(
+            GROUP=group, HEADS=heads, **_dims(self.q.shape[3], self.v.shape[3]),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SOFTCAP=self.softcap > 0, PRECISION=_PRECISION,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        if blocks.lists:
+            found |= {"MASK_M": blocks.tile[0], "MASK_N": blocks.tile[1]}
+        return found
+
+
+@lru_cache(maxsize=256)
+def _text(name: str, request: templates.Request) -> ModuleType:
+    kernels = {"mod_forward": templates.forward_text, "mod_dq": templates.dq_text, "mod_dkdv": templates.dkdv_text}
+    named = " and ".join(p.name.rsplit("/", 1)[-1] for p in (request.mask, request.score) if p is not None)
+    return source.load(templates.header(f"{name} of {named}") + "\n" + kernels[name](request))
+
+
+def kernel_file(name: str, request: templates.Request) -> str:
+    """The path of a printed kernel."""
+    return str(_text(name, request).__file__)
+
+
+def _heads(call: Call, tile: Tile, blocks: Blocks, gradients: bool) -> int:
+    """Query heads of a group in a tile's rows: one where a list or a captured gradient differs by head."""
+    if gradients or (blocks.lists and blocks.tensors[0].shape[1] > 1):
+        return 1
+    return heads_per_tile(call.q.shape[1] // call.k.shape[1], tile)
+
+
+def _fit(tile: Tile, heads: int, blocks: Blocks) -> Tile:
+    """The tile made small enough that it divides the mask's own tiles."""
+    if not blocks.lists:
+        return tile
+    rows, columns = blocks.tile
+    block_m, block_n = tile.block_m, tile.block_n
+    while rows * heads % block_m:
+        block_m //= 2
+    while columns % block_n:
+        block_n //= 2
+    if min(block_m, block_n) < 16:
+        raise NotImplementedError(
+            f'backend="triton" walks masks whose BLOCK_SIZE is a multiple of 16; got {blocks.tile}: build the mask with '
+            "BLOCK_SIZE=128"
+        )
+    return Tile(block_m, block_n, tile.num_warps, tile.num_stages, tile.max_heads)
+
+
+def _candidates(call: Call) -> list[KernelTiles]:
+    """Tiles to try in order: the fast table's, which a mod's registers may spill, then the spare table's."""
+    dtype, dim, capability = call.q.dtype, max(call.q.shape[3], call.v.shape[3]), _capability(call.q.device)
+    tables = [(call.softcap > 0, call.long_spans), (call.softcap > 0, False), (True, False)]
+    found: list[KernelTiles] = []
+    for softcap, long in tables:
+        tiles = default_tiles(dtype, dim, capability, softcap, long)
+        if tiles not in found:
+            found.append(tiles)
+    return found
+
+
+def _resolved(call: Call, name: str) -> list[Tile]:
+    tiles = [getattr(candidate, name) for candidate in _candidates(call)]
+    if call.tiles:
+        at = {"forward": 0, "dkdv": 5, "dq": 10}[name]
+        given = call.tiles[at : at + 5]
+        default = tiles[0]
+        own = (default.block_m, default.block_n, default.num_warps, default.num_stages, default.max_heads)
+        if any(given):
+            return [Tile(*(g or d for g, d in zip(given, own, strict=True)))]
+    return list(dict.fromkeys(tiles))
+
+
+_chosen: dict[Any, Tile] = {}
+
+
+def _run(call: Call, name: str, blocks: Blocks, gradients: bool, fixed: list[Any], grid: Any, extra: Any) -> None:
+    """Launch the kernel with the first of its tiles that spills no registers; on the interpreter, the last."""
+    kernel_name = "mod_forward" if name == "forward" else f"mod_{name}"
+    tiles = _resolved(call, name)
+    if interpreted():
+        tiles = tiles[-1:]
+    signature = (
+        kernel_name, call.score and call.score.program, call.mask and call.mask.program, blocks.tile, blocks.ragged,
+        gradients, tuple(tiles), call.q.dtype, call.q.shape[3], call.v.shape[3], call.q.shape[1] // call.k.shape[1],
+        call.softcap > 0, call.q.device, blocks.lists and blocks.tensors[0].shape[1] > 1,
+    )  # fmt: skip
+    known = _chosen.get(signature)
+    for last, tile in enumerate(tiles if known is None else [known], start=1):
+        heads = _heads(call, tile, blocks, gradients)
+        fitted = _fit(tile, heads, blocks)
+        if (fewer := _heads(call, fitted, blocks, gradients)) != heads:
+            heads, fitted = fewer, _fit(fitted, fewer, blocks)
+        request = templates.Request(
+            None if call.score is None else call.score.program,
+            None if call.mask is None else call.mask.program,
+            blocks.ragged,
+            heads > 1,
+            gradients,
+        )
+        kernel = getattr(_text(kernel_name, request), kernel_name)
+        constants = call.constants(fitted, heads, blocks) | extra(fitted, heads)
+        if known is None and last < len(tiles) and _spills(kernel, fixed, grid(fitted, heads), constants):
+            continue
+        _chosen[signature] = tile
+        kernel[grid(fitted, heads)](*fixed, **constants)
+        return
+
+
+def _spills(kernel: Any, fixed: list[Any], grid: tuple[int, ...], constants: dict[str, Any]) -> bool:
+    compiled = kernel.warmup(*fixed, grid=grid, **constants)
+    compiled._init_handles()
+    return bool(compiled.n_spills > 0)
+
+
+def launch_forward(call: Call, blocks: Blocks, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, S, Dv] and lse float32 [B, Hq, S]."""
+    q, k, v = call.q, call.k, call.v
+    batch, heads, q_len, _ = q.shape
+    out = new_bshd(q, v.shape[3])
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
+    fixed = [
+        q, k, v, q if sinks is None else sinks, *blocks.tensors, out, lse, *call.strides(), *out.stride()[:3],
+        *blocks.numbers(), q_len, k.shape[2], call.scale, call.softcap, *call.mod_arguments(),
+    ]  # fmt: skip
+
+    def grid(tile: Tile, packed: int) -> tuple[int, int, int]:
+        return (triton.cdiv(q_len * packed, tile.block_m), heads // packed, batch)
+
+    _run(call, "forward", blocks, False, fixed, grid, lambda tile, packed: {"HAS_SINKS": sinks is not None})
+    return out, lse
+
+
+def launch_backward(
+    call: Call,
+    kv_blocks: Blocks,
+    q_blocks: Blocks,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    wanted: tuple[int, ...],
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """Gradients to q, k, v; delta [B, Hq, S]; and those of the score's captured tensors, None where not `wanted`."""
+    q, k, v = call.q, call.k, call.v
+    grad_out = _last_axis_contiguous(grad_out)
+    batch, heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    grad_q, grad_k, grad_v = (new_bshd(x) for x in (q, k, v))
+    delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
+    _flex_bwd_delta_kernel[(triton.cdiv(q_len, DELTA_ROWS), heads, batch)](
+        out, grad_out, out if grad_lse is None else grad_lse, delta,
+        *out.stride()[:3], *grad_out.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
+        q_len, heads, V_DIM=v.shape[3], BLOCK_DV=_dims(q.shape[3], v.shape[3])["BLOCK_DV"], BLOCK_M=DELTA_ROWS,
+        HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
+    )  # fmt: skip
+    gradients = bool(wanted)
+    captures = [] if call.score is None else call.score.captures
+    one = torch.ones(1, dtype=torch.float32, device=q.device)
+
+    def both(sums: dict[int, Tensor], factors: dict[int, Tensor], mode: int) -> None:
+        mods = call.mod_arguments()
+
+        def slots(*places: str) -> list[Tensor]:
+            found = _slots(call, places) if gradients else []
+            return [x for slot in found for x in (sums[slot], factors.get(slot, one))]
+
+        shared = [q, k, v, grad_out, lse, delta]
+        fixed = [
+            *shared, *q_blocks.tensors, grad_k, grad_v, *call.strides(), *grad_out.stride()[:3], *grad_k.stride()[:3],
+            *grad_v.stride()[:3], *q_blocks.numbers(), q_len, kv_len, call.scale, call.softcap, *mods, *slots("columns"),
+        ]  # fmt: skip
+        _run(
+            call, "dkdv", q_blocks, gradients, fixed,
+            lambda tile, packed: (triton.cdiv(kv_len, tile.block_n), kv_heads, batch),
+            lambda tile, packed: {"EDGE_M": max(edge_rows(tile), 16), "GRAD_MODE": mode},
+        )  # fmt: skip
+        fixed = [
+            *shared, *kv_blocks.tensors, grad_q, *call.strides(), *grad_out.stride()[:3], *grad_q.stride()[:3],
+            *kv_blocks.numbers(), q_len, kv_len, call.scale, call.softcap, *mods, *slots("rows", "tile"),
+        ]  # fmt: skip
+        _run(
+            call, "dq", kv_blocks, gradients, fixed,
+            lambda tile, packed: (triton.cdiv(q_len * packed, tile.block_m), heads // packed, batch),
+            lambda tile, packed: {"GRAD_MODE": mode},
+        )  # fmt: skip
+
+    results: list[Tensor | None] = [None] * len(captures)
+    if not gradients:
+        both({}, {}, 0)
+        return grad_q, grad_k, grad_v, delta, results
+    every = _slots(call, ("rows", "tile", "columns"))
+    if deterministic:
+        largest = {slot: torch.zeros(1, dtype=torch.int32, device=q.device) for slot in every}
+        both(largest, {}, 1)
+        bits = _SUM_BITS - max(1, (batch * heads * q_len * kv_len - 1).bit_length())
+        # a power of two: multiplying and dividing by it rounds nothing
+        exponents = {slot: torch.frexp(size.view(torch.float32))[1] for slot, size in largest.items()}
+        factors = {slot: torch.ldexp(one, (bits - e).clamp(-126, 126)) for slot, e in exponents.items()}
+        sums = {slot: torch.zeros(captures[slot].shape, dtype=torch.int64, device=q.device) for slot in every}
+        both(sums, factors, 2)
+        totals = {slot: (sums[slot].double() / factors[slot].double()) for slot in every}
+    else:
+        totals = {slot: torch.zeros(captures[slot].shape, dtype=torch.float32, device=q.device) for slot in every}
+        both(totals, {}, 0)
+    for slot in wanted:
+        # a captured tensor that the result does not depend on has a gradient of 0
+        total = totals.get(slot)
+        results[slot] = torch.zeros_like(captures[slot]) if total is None else total.to(captures[slot].dtype)
+    return grad_q, grad_k, grad_v, delta, results
+
+
+def _slots(call: Call, places: tuple[str, ...]) -> list[int]:
+    """Captured tensors whose gradient is summed in these places, see `templates`."""
+    if call.score is None:
+        return []
+    found = set()
+    for gradient in call.score.program.gradients:
+        place = "rows" if "kv" not in gradient.deps else "tile" if "q" in gradient.deps else "columns"
+        if place in places:
+            found.add(gradient.slot)
+    return sorted(found)

@@ -1,0 +1,143 @@
+"""Device functions that printed kernels call, and their like for Triton's interpreter.
+
+The interpreter has no libdevice; there numpy stands in for it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh in float32 from one exp2; its error is absolute, 1e-7."""
+    return 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E)))
+
+
+@triton.jit
+def _sign(x):
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
+def floordiv(x, y):
+    """floor(x / y) of integers, as in Python."""
+    quotient = x // y
+    return tl.where((x % y != 0) & ((x < 0) != (y < 0)), quotient - 1, quotient)
+
+
+@triton.jit
+def remainder(x, y):
+    """x - y * floor(x / y), of integers or floats."""
+    if x.dtype.is_floating():
+        left = _fmod(x, y)
+    else:
+        left = x % y
+    return tl.where((left != 0) & ((left < 0) != (y < 0)), left + y, left)
+
+
+@triton.jit
+def fmod(x, y):
+    """C's remainder, with the sign of x."""
+    if x.dtype.is_floating():
+        return _fmod(x, y)
+    else:
+        return x % y
+
+
+@triton.jit
+def divided_by(x, divisor, magic, shift):
+    """floor(x / divisor) of an int32 and a positive divisor known at launch: one multiplication, one shift."""
+    sign = x >> 31  # all ones below 0: floor(x / d) is ~(~x // d) there
+    n = (x ^ sign).to(tl.uint32, bitcast=True)
+    high = tl.umulhi(n, (n * 0 + magic.to(tl.uint32, bitcast=True)))
+    return ((high + n) >> shift.to(tl.uint32)).to(tl.int32, bitcast=True) ^ sign
+
+
+@triton.jit
+def isnan(x):
+    """Whether a float is NaN."""
+    return x != x
+
+
+@triton.jit
+def isinf(x):
+    """Whether a float is infinite."""
+    return tl.abs(x) == float("inf")
+
+
+@triton.jit
+def scatter(p_sum, o, value, mask, scale, MODE: tl.constexpr):
+    """Add `value` to a captured tensor's gradient at offsets `o`.
+
+    MODE 0 adds float32 atomically. MODE 1 and 2 give the same bits in each run: the first pass (1) finds the largest
+    magnitude, the second (2) adds 64-bit integers of that value's scale, whose sum depends on no order.
+    """
+    if MODE == 0:
+        tl.atomic_add(p_sum + o, value, mask=mask, sem="relaxed")
+    elif MODE == 1:
+        size = tl.where(mask, tl.abs(value), 0.0).to(tl.int32, bitcast=True)
+        tl.atomic_max(p_sum + o * 0, size, mask=mask, sem="relaxed")
+    else:
+        tl.atomic_add(p_sum + o, _nearest(value * scale), mask=mask, sem="relaxed")
+
+
+@triton.jit
+def scatter_tile(p_sum, o, value, mask, scale, MODE: tl.constexpr, NEAR: tl.constexpr):
+    """`scatter` of a tile [M, N]: where its offsets span less than NEAR, each offset is summed in the tile first."""
+    first = tl.min(tl.where(mask, o, 2147483647))
+    last = tl.max(tl.where(mask, o, -2147483648))
+    if last - first < NEAR:
+        for at in range(first, last + 1):
+            total = tl.sum(tl.where(mask & (o == at), value, 0.0))
+            scatter(p_sum, at, total, tl.full([], 1, tl.int1), scale, MODE)
+    else:
+        scatter(p_sum, o, value, mask, scale, MODE)
+
+
+def _by_numpy(function):
+    from triton.runtime.interpreter import TensorHandle
+
+    def call(*xs):
+        first = next(x for x in xs if isinstance(x, tl.tensor))
+        arrays = [x.handle.data if isinstance(x, tl.tensor) else np.float32(x) for x in xs]
+        with np.errstate(all="ignore"):
+            data = np.asarray(function(*arrays), dtype=np.float32)
+        kind = first.type
+        if data.shape != first.handle.data.shape:
+            kind = next(x.type for x in xs if isinstance(x, tl.tensor) and x.handle.data.shape == data.shape)
+        return tl.tensor(TensorHandle(data, tl.float32), kind)
+
+    return call
+
+
+tanh, sign = _tanh, _sign
+if isinstance(_tanh, triton.JITFunction):
+    log1p, expm1, log10 = libdevice.log1p, libdevice.expm1, libdevice.log10
+    tan, asin, acos, atan = libdevice.tan, libdevice.asin, libdevice.acos, libdevice.atan
+    sinh, cosh, asinh, acosh, atanh = libdevice.sinh, libdevice.cosh, libdevice.asinh, libdevice.acosh, libdevice.atanh
+    erfc, lgamma, trunc, round_even = libdevice.erfc, libdevice.lgamma, libdevice.trunc, libdevice.nearbyint
+    power, atan2, hypot, copysign = libdevice.pow, libdevice.atan2, libdevice.hypot, libdevice.copysign
+    _fmod, _nearest = libdevice.fmod, libdevice.llrint
+else:
+    import math
+
+    log1p, expm1, log10 = _by_numpy(np.log1p), _by_numpy(np.expm1), _by_numpy(np.log10)
+    tan, asin, acos, atan = _by_numpy(np.tan), _by_numpy(np.arcsin), _by_numpy(np.arccos), _by_numpy(np.arctan)
+    sinh, cosh, asinh, acosh, atanh = map(_by_numpy, (np.sinh, np.cosh, np.arcsinh, np.arccosh, np.arctanh))
+    erfc, lgamma = _by_numpy(np.vectorize(math.erfc)), _by_numpy(np.vectorize(math.lgamma))
+    trunc, round_even = _by_numpy(np.trunc), _by_numpy(np.rint)
+    power, atan2, hypot, copysign = map(_by_numpy, (np.power, np.arctan2, np.hypot, np.copysign))
+    _fmod = _by_numpy(np.fmod)
+
+    def _nearest(x):
+        from triton.runtime.interpreter import TensorHandle
+
+        data = np.rint(x.handle.data.astype(np.float64)).astype(np.int64)
+        kind = tl.block_type(tl.int64, x.shape) if x.type.is_block() else tl.int64
+        return tl.tensor(TensorHandle(data, tl.int64), kind)

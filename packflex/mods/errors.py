@@ -1,0 +1,37 @@
+"""What a mod that cannot become a kernel is told: which function, which line, which operation, and the way to write it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+
+class ModError(ValueError):
+    """A score_mod or mask_mod that cannot become a kernel."""
+
+
+class ModTypeError(ModError, TypeError):
+    """A mod with a wrong number of arguments, or one that returns another type than it must."""
+
+
+class ModIndexError(ModError, IndexError):
+    """A mod that reads a captured tensor out of bounds."""
+
+
+def unwrapped(mod: Callable[..., Any]) -> Any:
+    """The function inside partials, bound methods and callable objects, as far as it can be seen."""
+    while isinstance(mod, functools.partial):
+        mod = mod.func
+    if not hasattr(mod, "__code__") and hasattr(type(mod), "__call__") and hasattr(type(mod).__call__, "__code__"):
+        mod = getattr(mod, "forward", None) or type(mod).__call__
+    return getattr(mod, "__func__", mod)
+
+
+def name_of(mod: Callable[..., Any]) -> str:
+    """The mod's name and where it is defined, as in `alibi (model.py:12)`."""
+    function = unwrapped(mod)
+    name = getattr(function, "__qualname__", None) or repr(mod)
+    name = name.rsplit(".<locals>.", 1)[-1]
+    code = getattr(function, "__code__", None)
+    return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"

@@ -1,0 +1,86 @@
+"""Evaluate a program with torch over whole index vectors: the eager meaning of the nodes, differentiable by autograd."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packflex.mods.nodes import Node, ordered
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "neg": operator.neg,
+    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
+    "and": operator.and_, "or": operator.or_, "xor": operator.xor, "shl": operator.lshift, "shr": operator.rshift,
+    "abs": torch.abs, "max": torch.maximum, "min": torch.minimum, "where": torch.where, "sign": torch.sign,
+    "floordiv": torch.floor_divide, "remainder": torch.remainder, "fmod": torch.fmod, "pow": torch.pow, "round": torch.round,
+    "truncdiv": lambda x, y: torch.div(x, y, rounding_mode="trunc"), "divided_by": lambda x, d, *_: torch.floor_divide(x, d),
+    "not": lambda x: torch.logical_not(x) if x.dtype == torch.bool else torch.bitwise_not(x),
+}  # fmt: skip
+
+
+class OutOfBounds(Exception):
+    """A read past the end of a captured tensor: `slot`, `axis`, the `index` and the axis's `size`."""
+
+    def __init__(self, node: Node, axis: int, index: int, size: int) -> None:
+        super().__init__(f"index {index} into an axis of {size}")
+        self.node, self.axis, self.index, self.size = node, axis, index, size
+
+
+def evaluate(
+    roots: Iterable[Node],
+    inputs: Mapping[str, Tensor],
+    captures: list[Tensor],
+    numbers: list[float | int],
+    dtype: torch.dtype = torch.float32,
+    seen: Tensor | None = None,
+) -> list[Tensor]:
+    """The values of `roots`.
+
+    Args:
+        roots: nodes of one program.
+        inputs: "b", "h", "q", "kv" (and "score", "grad") as tensors that broadcast against one another.
+        captures: captured tensors by slot.
+        numbers: scalars by slot.
+        dtype: of all floating-point values.
+        seen: bool, where given: reads are checked where it is true, and clamped elsewhere.
+
+    Raises:
+        OutOfBounds: with `seen`, a read past the end.
+    """
+    roots = list(roots)
+    values: dict[int, Any] = {}
+    device = next(iter(inputs.values())).device
+    for node in ordered(roots):
+        kind = dtype if node.is_float else node.dtype
+        args = [values[id(arg)] for arg in node.args]
+        if node.op == "input":
+            values[id(node)] = inputs[node.value]
+        elif node.op in ("constant", "scalar"):
+            number = node.value if node.op == "constant" else numbers[node.value]
+            values[id(node)] = torch.tensor(number, dtype=kind, device=device)
+        elif node.op == "read":
+            values[id(node)] = _read(node, captures[node.value], args, seen).to(kind)
+        elif node.op == "cast":
+            values[id(node)] = args[0] != 0 if kind == torch.bool else args[0].to(kind)
+        else:
+            values[id(node)] = _FUNCTIONS.get(node.op, getattr(torch, node.op, None))(*args)  # type: ignore[misc]
+    return [values[id(root)] for root in roots]
+
+
+def _read(node: Node, table: Tensor, indices: list[Tensor], seen: Tensor | None) -> Tensor:
+    if not indices:
+        return table
+    checked = []
+    for axis, (index, size) in enumerate(zip(indices, table.shape, strict=True)):
+        index = index.long()
+        if seen is not None:
+            outside = ((index < -size) | (index >= size)) & seen
+            if bool(outside.any()):
+                raise OutOfBounds(node, axis, int(torch.broadcast_to(index, outside.shape)[outside][0]), size)
+            index = index.clamp(-size, size - 1)
+        checked.append(index)
+    return table[tuple(torch.broadcast_tensors(*checked))]

@@ -1,0 +1,145 @@
+"""A mod as what a kernel is launched with: its program, its captured tensors and its numbers, traced once and kept.
+
+Programs are interned by structure: two mods that differ in numbers, or in tensors of the same kind, are one program, so
+that no kernel is printed or compiled for the second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from packflex.mods.fingerprint import Fingerprint, Unknown
+from packflex.mods.nodes import Program, ordered
+from packflex.mods.trace import TapeEntry, Traced, trace
+
+_MOST_TRACES = 512
+PROGRAMS: dict[str, Program] = {}
+_traces: OrderedDict[Any, _Recipe] = OrderedDict()
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """A mod ready to launch.
+
+    Attributes:
+        key: of its program in `PROGRAMS`.
+        captures: captured tensors by slot.
+        numbers: the kernel's scalars by slot.
+    """
+
+    key: str
+    captures: list[Tensor]
+    numbers: list[float | int]
+
+    @property
+    def program(self) -> Program:
+        """Its program."""
+        return PROGRAMS[self.key]
+
+
+def lift(mod: Callable[..., Any], kind: str, device: torch.device) -> Lifted:
+    """The program of a mod and its arguments; traces it unless a mod like it has been traced before.
+
+    Arguments and errors as `packflex.mods.trace.trace`.
+    """
+    if isinstance(device, torch.device) and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        fingerprint = Fingerprint(mod)
+        # tensors made while tracing carry a gradient only where gradients are on
+        key = (kind, device, torch.is_grad_enabled(), fingerprint.key)
+        known = _traces.get(key)
+    except (Unknown, TypeError, ValueError):
+        return _finished(trace(mod, kind, device))
+    if known is not None:
+        _traces.move_to_end(key)
+        return known.lifted(fingerprint.tensors)
+    traced = trace(mod, kind, device)
+    _traces[key] = _Recipe.of(traced, fingerprint)
+    if len(_traces) > _MOST_TRACES:
+        _traces.popitem(last=False)
+    return _finished(traced)
+
+
+def _finished(traced: Traced) -> Lifted:
+    numbers = [scalar.argument() for scalar in traced.program.scalars]
+    return Lifted(intern(traced.program), traced.captures, numbers)
+
+
+def intern(program: Program) -> str:
+    """The key of the program's structure, which is what its kernels' text follows from; keeps the first such program."""
+    order = ordered(program.roots())
+    place = {id(node): i for i, node in enumerate(order)}
+    lines = [
+        f"{node.op} {node.value!r} {node.dtype} {[place[id(arg)] for arg in node.args]}" for node in order
+    ]
+    ends = [place[id(root)] for root in program.roots()]
+    shape = [(g.slot, len(g.indices)) for g in program.gradients]
+    roles = [scalar.role for scalar in program.scalars]
+    text = "\n".join([program.kind, *lines, f"{ends} {shape} {program.layouts} {roles}"])
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    PROGRAMS.setdefault(key, program)
+    return key
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How to find a trace's tensors again among those that another mod of the same key reaches."""
+
+    key: str
+    numbers: list[float | int]
+    captures: list[Any]
+    held: list[tuple[int, Any]]
+    tape: list[TapeEntry]
+    kept: list[Any]
+
+    @staticmethod
+    def of(traced: Traced, fingerprint: Fingerprint) -> _Recipe:
+        places: dict[int, _Place] = {id(x): _Place("reached", i) for i, x in enumerate(fingerprint.tensors)}
+        tape = []
+        for number, entry in enumerate(traced.tape):
+            args, kwargs = tree_map(lambda x: places.get(id(x), x), (entry.args, entry.kwargs))
+            tape.append(TapeEntry(entry.function, args, kwargs, None))
+            for leaf, value in enumerate(tree_leaves(entry.result)):
+                places.setdefault(id(value), _Place("made", number, leaf))
+        captures = [places.get(id(x), x) for x in traced.captures]
+        held = [(slot, places.get(id(x), x)) for slot, x in traced.held.items()]
+        numbers = [scalar.argument() for scalar in traced.program.scalars]
+        used = any(isinstance(x, _Place) and x.kind == "made" for x in [*captures, *(x for _, x in held)])
+        # values of tensors are no part of the key, so nothing that the trace held may be collected and its id reused
+        kept = [fingerprint.kept, traced.captures]
+        return _Recipe(intern(traced.program), numbers, captures, held, tape if used else [], kept)
+
+    def lifted(self, reached: list[Tensor]) -> Lifted:
+        made: list[list[Any]] = []
+
+        def found(x: Any) -> Any:
+            if not isinstance(x, _Place):
+                return x
+            return reached[x.number] if x.kind == "reached" else made[x.number][x.leaf]
+
+        for entry in self.tape:
+            args, kwargs = tree_map(found, (entry.args, entry.kwargs))
+            made.append(tree_leaves(entry.function(*args, **kwargs)))
+        numbers = list(self.numbers)
+        for slot, x in self.held:
+            value = found(x).item()
+            numbers[slot] = float(value) if isinstance(numbers[slot], float) else int(value)
+        return Lifted(self.key, [found(x) for x in self.captures], numbers)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is found: the n-th that the fingerprint reached, or a result on the tape."""
+
+    kind: str
+    number: int
+    leaf: int = 0

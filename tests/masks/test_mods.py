@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from packflex import PackedLayout, create_block_mask, masks
+from packflex import PackedLayout, create_block_mask, masks, score_mods
 from packflex.masks.from_mask_mod import over_indices
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,3 +156,42 @@ def test_masks_of_more_queries_than_keys():
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make()
+
+
+PUBLIC_MASKS = [name for name in masks.__all__ if getattr(masks, name).__module__ == "packflex.masks.mods"]
+PUBLIC_SCORE_MODS = [name for name in score_mods.__all__ if name != "alibi_slopes"]
+
+
+def test_every_mod_is_documented_with_its_picture():
+    page = (ROOT / "docs" / "masks.md").read_text()
+    assert len(PUBLIC_MASKS) > 10
+    assert len(PUBLIC_SCORE_MODS) > 6
+    assert set(re.findall(r"^### `(\w+)`$", page, re.M)) == {*PUBLIC_MASKS, *PUBLIC_SCORE_MODS}
+    for name in PUBLIC_MASKS:
+        assert f"masks.{name}" in page, name
+    for name in score_mods.__all__:
+        assert f"score_mods.{name}" in page, name
+    pictures = {path.stem for path in (ROOT / "docs" / "images" / "masks").glob("*.png")}
+    assert pictures == {*PUBLIC_MASKS, *PUBLIC_SCORE_MODS}
+    for name in pictures:
+        assert f"(images/masks/{name}.png)" in page, name
+
+
+def test_the_code_of_the_page_runs():
+    """Each section's lines in the names of the first block, and its mod in attention."""
+    first, *blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "masks.md").read_text(), re.S)
+    names = {}
+    exec(first, names)
+    assert names["out"].shape == (2, 4, 64, 16)
+    assert len(blocks) == len(PUBLIC_MASKS) + len(PUBLIC_SCORE_MODS)
+    tensors = [names[name] for name in ("query", "key", "value")]
+    for block in blocks:
+        given = dict(names)
+        exec(block, given)
+        if "mask_mod" in given:
+            mask = masks.create_block_mask(given["mask_mod"], 2, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+            out = names["flex_attention"](*tensors, block_mask=mask, backend="reference")
+        else:
+            out = names["flex_attention"](*tensors, score_mod=given["score_mod"], backend="reference")
+        assert out.isfinite().all(), block
+        assert not torch.equal(out, names["out"]), block

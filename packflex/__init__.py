@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from packflex import masks, packing
+    from packflex import masks, packing, score_mods
     from packflex.attention import flex_attention
     from packflex.data.pack import pack_dataset
     from packflex.layout import PackedLayout
@@ -24,6 +24,7 @@ __all__ = [
     "masks",
     "pack_dataset",
     "packing",
+    "score_mods",
 ]
 
 
@@ -37,7 +38,7 @@ _HOME = {
     "flex_attention": "packflex.attention",
     "pack_dataset": "packflex.data.pack",
 }
-_MODULES = ("attention", "layout", "masks", "metrics", "packing")
+_MODULES = ("attention", "layout", "masks", "metrics", "packing", "score_mods")
 
 
 def __getattr__(name: str) -> Any:

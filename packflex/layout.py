@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,21 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 _INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class DocumentOrigin:
+    """What a layout's own `document_ids` carry as `packflex_documents`: that their documents are contiguous, and where.
+
+    `version` is the tensor's when it was made; one that was written to since is no layout's any more.
+    """
+
+    cu_seqlens: Tensor
+    row_offsets: Tensor
+    seq_len: int
+    num_tokens: int
+    sum_squared_lengths: int
+    version: int
 
 
 class PackedLayout:
@@ -242,7 +258,12 @@ class PackedLayout:
         for b, row in enumerate(self.lengths):
             ids[b, : sum(row)] = np.repeat(np.arange(first, first + len(row), dtype=np.int32), row)
             first += len(row)
-        return torch.from_numpy(ids).to(self.device)
+        tensor = torch.from_numpy(ids).to(self.device)
+        origin = DocumentOrigin(
+            self.cu_seqlens, self.row_offsets, self.seq_len, self.num_tokens, self.sum_squared_lengths, tensor._version
+        )
+        tensor.packflex_documents = origin  # type: ignore[attr-defined]
+        return tensor
 
     @cached_property
     def position_ids(self) -> Tensor:

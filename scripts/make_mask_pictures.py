@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from packflex import PackedLayout, masks, score_mods
-from packflex.masks.from_mask_mod import over_indices
+from packflex.mods.vectorised import over_indices
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 import packflex
 from packflex import flex_attention, score_mods
-from packflex.masks.from_mask_mod import over_indices
+from packflex.mods.vectorised import over_indices
 
 B, H, Q, K = 2, 3, 11, 13
 SLOPES = torch.tensor([0.5, 0.25, 1.5])

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from packflex.attention.memory import new_bshd
 from packflex.masks.block_mask import MaskMod
-from packflex.masks.from_mask_mod import over_indices
+from packflex.mods.evaluate import evaluate
+from packflex.mods.lifted import lift
+from packflex.mods.nodes import INDICES
+from packflex.mods.vectorised import over_indices
 
 MAX_CHUNK = 512
 
@@ -195,13 +198,13 @@ def dense_attention(
     groups = q.shape[1] // k.shape[1]
     k_all, v_all = (x.to(dtype).repeat_interleave(groups, 1) for x in (k, v))
     scores = (q.to(dtype) @ k_all.transpose(-1, -2)) * scale
-    indices = [torch.arange(n, device=q.device) for n in scores.shape]
+    indices = [torch.arange(n, device=q.device, dtype=torch.int32) for n in scores.shape]
     if score_mod is not None:
-        scores = over_indices(score_mod, scored=True)(scores, *indices).to(dtype)
+        scores = _over(score_mod, "score", dtype, scores, indices).to(dtype).expand_as(scores)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if mask_mod is not None:
-        scores = scores.masked_fill(~over_indices(mask_mod)(*indices), -torch.inf)
+        scores = scores.masked_fill(~_over(mask_mod, "mask", dtype, None, indices), -torch.inf)
     top = scores.amax(-1, keepdim=True).detach()
     top = top.masked_fill(top == -torch.inf, 0)
     weights = (scores - top).exp()
@@ -213,3 +216,17 @@ def dense_attention(
     total = torch.where(seeing, total, 1)
     lse = torch.where(seeing, total.log() + top, -torch.inf)[..., 0]
     return ((weights / total) @ v_all).to(q.dtype), lse
+
+
+def _over(
+    mod: Callable[..., Tensor], kind: str, dtype: torch.dtype, scores: Tensor | None, indices: list[Tensor]
+) -> Tensor:
+    """A mod over whole index vectors, by its traced program; by `torch.vmap` where torch.compile does the tracing."""
+    if torch.compiler.is_compiling():
+        return over_indices(mod, scored=scores is not None)(*([] if scores is None else [scores]), *indices)
+    lifted = lift(mod, kind, indices[0].device)
+    shapes = ((-1, 1, 1, 1), (1, -1, 1, 1), (1, 1, -1, 1), (1, 1, 1, -1))
+    inputs = {name: x.view(shape) for name, x, shape in zip(INDICES, indices, shapes, strict=True)}
+    if scores is not None:
+        inputs["score"] = scores
+    return evaluate([lifted.program.out], inputs, lifted.captures, lifted.numbers, dtype)[0]

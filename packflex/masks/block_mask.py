@@ -66,8 +66,10 @@ class BlockMask:
         kv_intervals: Tensor | None = None,
         q_intervals: Tensor | None = None,
         kv_lists: BlockLists | None = None,
+        q_lists: BlockLists | None = None,
         long_spans: bool = False,
         ragged: bool = False,
+        heads: int = 1,
     ) -> None:
         """Take the parts of one form; use `from_intervals`, `from_kv_blocks` or `from_torch`."""
         self.seq_lengths = seq_lengths
@@ -78,6 +80,8 @@ class BlockMask:
         self._given_kv_lists = kv_lists
         self.long_spans = long_spans
         self.ragged = ragged
+        self._given_q_lists = q_lists
+        self._heads = heads
 
     # Constructors
 
@@ -173,7 +177,7 @@ class BlockMask:
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, Q_LEN, KV_LEN); B and H are 1 where the mask is the same for all."""
         if self.kv_intervals is not None:
-            return (self.kv_intervals.shape[1], 1, *self.seq_lengths)
+            return (self.kv_intervals.shape[1], self._heads, *self.seq_lengths)
         assert self._given_kv_lists is not None
         batch, heads, _ = self._given_kv_lists.num_blocks.shape
         return (batch, heads, *self.seq_lengths)
@@ -210,7 +214,9 @@ class BlockMask:
             first, full_first, full_last, last = self.kv_ranges[..., None].unbind(-2)
             tile = torch.arange(columns, device=self.device)
             full = (tile >= full_first) & (tile < full_last)
-            return (tile >= first) & (tile < last) & ~full, full
+            partial = (tile >= first) & (tile < last) & ~full
+            batch, _, *tiles = full.shape
+            return partial.expand(batch, self._heads, *tiles), full.expand(batch, self._heads, *tiles)
         assert self._given_kv_lists is not None
         lists = self._given_kv_lists
         return (
@@ -226,6 +232,8 @@ class BlockMask:
 
     @cached_property
     def _q_lists(self) -> BlockLists:
+        if self._given_q_lists is not None:
+            return self._given_q_lists
         partial, full = self._tiles
         return lists_of_tiles(partial.transpose(-1, -2), full.transpose(-1, -2))
 

@@ -1,14 +1,16 @@
-"""`create_block_mask`: the block mask of any `mask_mod`, one row of tiles at a time."""
+"""`create_block_mask`: the block mask of any `mask_mod`, from its traced program."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
-from packflex.masks.block_mask import DEFAULT_BLOCK_SIZE, BlockMask, MaskMod, _tile_pair, lists_of_tiles
+from packflex.masks.block_mask import DEFAULT_BLOCK_SIZE, BlockLists, BlockMask, MaskMod, _tile_pair, lists_of_tiles
+from packflex.masks.recognise import recognised_intervals
+from packflex.mods.evaluate import evaluate
+from packflex.mods.lifted import Lifted, lift
+from packflex.mods.nodes import INDICES
+from packflex.mods.vectorised import over_indices
 
 
 def create_block_mask(
@@ -22,11 +24,14 @@ def create_block_mask(
 ) -> BlockMask:
     """Block mask of any `mask_mod(b, h, q_idx, kv_idx)`, torch's signature and meaning.
 
-    One row of tiles is evaluated at a time, so memory grows with one row of tiles and with the number of tiles, never
-    with Q_LEN x KV_LEN.
+    `mask_mod` is traced once. Where its program shows that each query sees one interval of keys (causal, windows,
+    prefixes, the documents of a `PackedLayout`, and conjunctions of these), the mask is made of intervals in closed form.
+    Otherwise, on a GPU, one kernel classifies each tile as empty, partly or wholly visible: from bounds of the program
+    over the tile where they decide, else element by element. Memory grows with the number of tiles, never with
+    Q_LEN x KV_LEN, and nothing waits for the device.
 
     Args:
-        mask_mod: function of four integer tensors that returns a bool tensor; may read captured tensors.
+        mask_mod: function of four int32 tensors that returns a bool tensor; pointwise, may read captured tensors.
         B: rows of the batch the mask is for; None for a mask that is the same for all.
         H: query heads the mask is for; None for a mask that is the same for all.
         Q_LEN: queries.
@@ -35,46 +40,75 @@ def create_block_mask(
         BLOCK_SIZE: rows and columns of a tile.
 
     Raises:
-        ValueError: sizes below 1.
-        TypeError: a `mask_mod` that does not return bool.
+        ValueError: sizes below 1, or a `mask_mod` that cannot become a kernel (`ModError`, with its line).
+        TypeError: a `mask_mod` that does not return bool, or takes another number of arguments.
     """
     batch, heads = (1 if n is None else n for n in (B, H))
-    tile_q, tile_kv = _tile_pair(BLOCK_SIZE)
+    tile = _tile_pair(BLOCK_SIZE)
     for name, size in (("B", batch), ("H", heads), ("Q_LEN", Q_LEN), ("KV_LEN", KV_LEN)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1; got {size}")
-    evaluate = over_indices(mask_mod)
-    b, h = torch.arange(batch, device=device), torch.arange(heads, device=device)
-    kv = torch.arange(KV_LEN, device=device)
-    columns = -(-KV_LEN // tile_kv)
-    padding = columns * tile_kv - KV_LEN
+    device = torch.device(device)
+    shape = (batch, heads, Q_LEN, KV_LEN)
+    if torch.compiler.is_compiling():
+        return _mask_of_lists(shape, tile, mask_mod, _tiles_by_rows(mask_mod, None, shape, tile, device))
+    lifted = lift(mask_mod, "mask", device)
+    found = recognised_intervals(lifted, shape, device)
+    if found is not None:
+        return BlockMask(
+            (Q_LEN, KV_LEN),
+            tile,
+            mask_mod,
+            found.kv_intervals,
+            found.q_intervals,
+            long_spans=found.long_spans,
+            heads=heads,
+        )
+    if _has_kernel(device):
+        from packflex.masks.tile_kernel import launch_tile_lists  # Triton only where it runs
+
+        kv_lists, q_lists = launch_tile_lists(lifted, shape, tile, device)
+        return BlockMask((Q_LEN, KV_LEN), tile, mask_mod, kv_lists=kv_lists, q_lists=q_lists)
+    return _mask_of_lists(shape, tile, mask_mod, _tiles_by_rows(mask_mod, lifted, shape, tile, device))
+
+
+def _has_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _mask_of_lists(
+    shape: tuple[int, int, int, int], tile: tuple[int, int], mask_mod: MaskMod, lists: BlockLists
+) -> BlockMask:
+    return BlockMask(shape[2:], tile, mask_mod, kv_lists=lists)
+
+
+def _tiles_by_rows(
+    mask_mod: MaskMod,
+    lifted: Lifted | None,
+    shape: tuple[int, int, int, int],
+    tile: tuple[int, int],
+    device: torch.device,
+) -> BlockLists:
+    """Lists from one row of tiles at a time: memory of a row of tiles."""
+    batch, heads, q_len, kv_len = shape
+    tile_q, tile_kv = tile
+    vectors = [torch.arange(n, device=device, dtype=torch.int32) for n in shape]
+    columns = -(-kv_len // tile_kv)
+    padding = columns * tile_kv - kv_len
     partial, full = [], []
-    for start in range(0, Q_LEN, tile_q):
-        q = torch.arange(start, min(start + tile_q, Q_LEN), device=device)
-        visible = evaluate(b, h, q, kv)
-        if visible.dtype != torch.bool:
-            name = getattr(mask_mod, "__name__", repr(mask_mod))
-            raise TypeError(f"mask_mod {name} must return a bool tensor; it returned {visible.dtype}")
-        visible = visible.expand(batch, heads, len(q), KV_LEN)
+    for start in range(0, q_len, tile_q):
+        q = vectors[2][start : start + tile_q]
+        visible = _visible(mask_mod, lifted, [vectors[0], vectors[1], q, vectors[3]])
+        visible = visible.expand(batch, heads, len(q), kv_len)
         counts = torch.nn.functional.pad(visible, (0, padding)).unflatten(-1, (columns, tile_kv)).sum((2, 4))
         full.append(counts == tile_q * tile_kv)
         partial.append((counts > 0) & (counts < tile_q * tile_kv))
-    lists = lists_of_tiles(torch.stack(partial, 2), torch.stack(full, 2))
-    return BlockMask((Q_LEN, KV_LEN), (tile_q, tile_kv), mask_mod, kv_lists=lists)
+    return lists_of_tiles(torch.stack(partial, 2), torch.stack(full, 2))
 
 
-def over_indices(mod: Callable[..., Tensor], scored: bool = False) -> Callable[..., Tensor]:
-    """A mod of single indices over index vectors: [B], [H], [Q], [KV] to [B, H, Q, KV].
-
-    With `scored` the mod's first argument is a score, and the result takes scores [B, H, Q, KV] before the vectors.
-    """
-    over = mod
-    for axis in (3, 2, 1, 0):
-        in_dims = tuple(0 if i == axis else None for i in range(4))
-        over = torch.vmap(over, in_dims=(0, *in_dims) if scored else in_dims)
-
-    def evaluate(*arguments: Tensor) -> Tensor:
-        with TransformGetItemToIndex():  # lets a captured tensor be read at a vmapped index, as torch's own does
-            return over(*arguments)
-
-    return evaluate
+def _visible(mask_mod: MaskMod, lifted: Lifted | None, vectors: list[Tensor]) -> Tensor:
+    if lifted is None:
+        return over_indices(mask_mod)(*vectors)
+    shapes = ((-1, 1, 1, 1), (1, -1, 1, 1), (1, 1, -1, 1), (1, 1, 1, -1))
+    inputs = {name: x.view(shape) for name, x, shape in zip(INDICES, vectors, shapes, strict=True)}
+    return evaluate([lifted.program.out], inputs, lifted.captures, lifted.numbers)[0]

@@ -34,7 +34,18 @@ _BITWISE = {
     "bitwise_left_shift": "shl", "__lshift__": "shl", "bitwise_right_shift": "shr", "__rshift__": "shr",
 }  # fmt: skip
 _FLOAT_BINARY = {"atan2", "hypot", "copysign"}
-_FILLS = {"full", "full_like", "zeros_like", "ones_like", "zeros", "ones", "scalar_tensor", "new_zeros", "new_ones", "new_full"}
+_FILLS = {
+    "full",
+    "full_like",
+    "zeros_like",
+    "ones_like",
+    "zeros",
+    "ones",
+    "scalar_tensor",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+}
 _OTHER = {
     "add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod", "neg", "abs", "sign", "sgn",
     "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "where", "pow", "logical_not", "bitwise_not", "isnan", "isinf",
@@ -142,7 +153,9 @@ def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> N
             return make("or", given(first, BOOL), given(second, BOOL))
         left, right = given(first, of), given(second, of)
         if alpha != 1:
-            scaled = builder.make("mul", (left if name == "rsub" else right, builder.scalar(alpha, of)), of, where=where)
+            scaled = builder.make(
+                "mul", (left if name == "rsub" else right, builder.scalar(alpha, of)), of, where=where
+            )
             left, right = (scaled, right) if name == "rsub" and False else (left, right)
             if name == "rsub":  # rsub(x, y, alpha) = y - alpha * x
                 right = builder.make("mul", (right, builder.scalar(alpha, of)), of, where=where)
@@ -152,7 +165,11 @@ def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> N
     if name == "mul":
         of = common(*arguments[:2])
         left, right = given(arguments[0], of), given(arguments[1], of)
-        return make("and", left, right) if of == BOOL else builder.cast(_plain(builder, "mul", left, right, of, where), dtype)
+        return (
+            make("and", left, right)
+            if of == BOOL
+            else builder.cast(_plain(builder, "mul", left, right, of, where), dtype)
+        )
     if name in ("div", "true_divide", "floor_divide"):
         mode = "floor" if name == "floor_divide" else options.get("rounding_mode", None)
         return _divided(mode, arguments, common, given, make, builder, dtype, where)
@@ -193,7 +210,13 @@ def _fill(name: str, arguments: list[Any], options: Any, builder: Builder, dtype
         number = options.get("fill_value", arguments[at] if len(arguments) > at else None)
         if isinstance(number, torch.fx.Node):
             return builder.cast(env[number], dtype)
-        if isinstance(number, bool) or number in (0, 1) or dtype == BOOL or number != number or abs(number) == float("inf"):
+        if (
+            isinstance(number, bool)
+            or number in (0, 1)
+            or dtype == BOOL
+            or number != number
+            or abs(number) == float("inf")
+        ):
             return builder.constant(number, dtype)
         return builder.scalar(number, dtype)
     return builder.constant(1 if "ones" in name else 0, dtype)

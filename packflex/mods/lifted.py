@@ -78,9 +78,7 @@ def intern(program: Program) -> str:
     """The key of the program's structure, which is what its kernels' text follows from; keeps the first such program."""
     order = ordered(program.roots())
     place = {id(node): i for i, node in enumerate(order)}
-    lines = [
-        f"{node.op} {node.value!r} {node.dtype} {[place[id(arg)] for arg in node.args]}" for node in order
-    ]
+    lines = [f"{node.op} {node.value!r} {node.dtype} {[place[id(arg)] for arg in node.args]}" for node in order]
     ends = [place[id(root)] for root in program.roots()]
     shape = [(g.slot, len(g.indices)) for g in program.gradients]
     roles = [scalar.role for scalar in program.scalars]

@@ -57,6 +57,8 @@ class Printer:
         self.program = program
         self.prefix = prefix
         self.names: dict[int, str] = {}
+        self.inputs: dict[str, str] = {}  # other names for inputs, where a kernel's part has its own
+        self._printed = 0
 
     def parameters(self) -> list[str]:
         """The kernel's parameters for the captured tensors and scalars, in the order of `arguments`."""
@@ -79,7 +81,8 @@ class Printer:
                 continue
             if node.op in ("input", "scalar", "constant"):
                 continue
-            name = f"{self.prefix}{len(self.names)}"
+            name = f"{self.prefix}{self._printed}"
+            self._printed += 1
             lines.append(Statement(name, self._expression(node, load_mask), _comment(node)))
             self.names[id(node)] = name
         return lines
@@ -87,7 +90,7 @@ class Printer:
     def text(self, node: Node) -> str:
         """The name of a node that has been printed, or what an input, scalar or constant is written as."""
         if node.op == "input":
-            return str(node.value)
+            return self.inputs.get(node.value, node.value)
         if node.op == "scalar":
             return f"{self.prefix}s{node.value}"
         if node.op == "constant":
@@ -194,7 +197,13 @@ def _not_negative(node: Node) -> bool:
     if node.op == "constant":
         return node.value >= 0
     if node.op in ("add", "mul", "and", "min", "where", "divided_by", "shr", "cast"):
-        args = node.args[1:] if node.op == "where" else node.args[:1] if node.op in ("divided_by", "shr", "cast") else node.args
+        args = (
+            node.args[1:]
+            if node.op == "where"
+            else node.args[:1]
+            if node.op in ("divided_by", "shr", "cast")
+            else node.args
+        )
         return all(map(_not_negative, args)) and not (node.op == "cast" and node.args[0].is_float)
     if node.op == "max":
         return any(map(_not_negative, node.args))

@@ -152,7 +152,11 @@ class _Recorder(TorchFunctionMode):
             items[at : at + 1] = [slice(None)] * (table.dim() - taken)
         basic = tuple(slice(None) if isinstance(item, Tensor) else item for item in items)
         if any(not (isinstance(item, slice) and item == slice(None)) for item in basic):
-            table = table[basic] if isinstance(table, FakeTensor) else self._for_real(Tensor.__getitem__, (table, basic), {})
+            table = (
+                table[basic]
+                if isinstance(table, FakeTensor)
+                else self._for_real(Tensor.__getitem__, (table, basic), {})
+            )
         kept = [item if isinstance(item, Tensor) else None for item in items if not isinstance(item, int)]
         if all(item is None for item in kept):
             return table
@@ -241,7 +245,12 @@ def _explained(error: Exception, mod: Callable[..., Any], kind: str) -> ModError
             line = f"{frame.filename}:{frame.lineno}"
     name, text = type(error).__name__, str(error)
     at = _at(line, mod)
-    if "DataDependent" in name or "GuardOnDataDependent" in name or "_local_scalar_dense" in text or "is_nonzero" in text:
+    if (
+        "DataDependent" in name
+        or "GuardOnDataDependent" in name
+        or "_local_scalar_dense" in text
+        or "is_nonzero" in text
+    ):
         return ModError(
             f"{at}: a Python `if`, `and`, `or`, `not`, int(), float() or .item() on an index or a score, whose value is "
             "known only inside the kernel; write torch.where(condition, a, b), and &, |, ~ between conditions"
@@ -295,10 +304,14 @@ class _FirstGraph:
         if isinstance(tensor, FakeTensor):
             constant = getattr(tensor, "constant", None)
             if constant is None:
-                raise self._fail(node, "a tensor made inside the mod is used as a table; make it before, and capture it")
+                raise self._fail(
+                    node, "a tensor made inside the mod is used as a table; make it before, and capture it"
+                )
             tensor = constant
         if tensor.dtype.is_complex:
-            raise self._fail(_user(node), f"a captured tensor of {tensor.dtype}; kernels take bool, integers and floats")
+            raise self._fail(
+                _user(node), f"a captured tensor of {tensor.dtype}; kernels take bool, integers and floats"
+            )
         if tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad:
             self.fixed[node] = tensor
             return
@@ -348,16 +361,22 @@ class _FirstGraph:
                 )
         values = node.meta.get("val")
         if isinstance(values, Tensor) and values.dim():
-            raise self._fail(node, f"{_op_name(target)} makes a tensor of shape {tuple(values.shape)}; a mod works on single numbers")
+            raise self._fail(
+                node, f"{_op_name(target)} makes a tensor of shape {tuple(values.shape)}; a mod works on single numbers"
+            )
         if isinstance(values, Tensor) and values.dtype.is_complex:
             raise self._fail(node, f"{_op_name(target)} gives {values.dtype}; kernels take bool, integers and floats")
         if not is_supported(target):
-            raise self._fail(node, f"{_op_name(target)} is not a pointwise operation that kernels have; see docs/masks.md")
+            raise self._fail(
+                node, f"{_op_name(target)} is not a pointwise operation that kernels have; see docs/masks.md"
+            )
 
     def _check_result(self) -> None:
         value = self.out.meta.get("val") if hasattr(self.out, "meta") else None
         if self.out in self.partial:
-            raise ModTypeError(f"{self.kind}_mod {name_of(self.mod)} must return one number; it returned a whole tensor")
+            raise ModTypeError(
+                f"{self.kind}_mod {name_of(self.mod)} must return one number; it returned a whole tensor"
+            )
         dtype = value.dtype if value is not None else self.captures[self.reads[-1][1].slot].dtype
         if self.kind == "mask" and dtype != torch.bool:
             raise ModTypeError(
@@ -447,7 +466,9 @@ def _second_pass(first: _FirstGraph, mod: Callable[..., Any], kind: str) -> tupl
     except ModError:
         raise
     except Exception as error:
-        raise ModError(f"{kind}_mod {name_of(mod)} could not be differentiated: {type(error).__name__}: {error}") from error
+        raise ModError(
+            f"{kind}_mod {name_of(mod)} could not be differentiated: {type(error).__name__}: {error}"
+        ) from error
     graph.graph.eliminate_dead_code()
     return _program(graph, first, wanted, kind, mod)
 
@@ -458,7 +479,9 @@ def _call(target: Any, args: Any, kwargs: Any) -> Any:
     name = _op_name(target)
     if name in IDENTITIES and not kwargs.get("dtype"):
         return args[0]
-    kwargs = {key: value for key, value in kwargs.items() if key not in ("device", "layout", "pin_memory", "memory_format")}
+    kwargs = {
+        key: value for key, value in kwargs.items() if key not in ("device", "layout", "pin_memory", "memory_format")
+    }
     if isinstance(kwargs.get("dtype"), torch.dtype):
         kwargs["dtype"] = kernel_dtype(kwargs["dtype"])
     args = [kernel_dtype(arg) if isinstance(arg, torch.dtype) else arg for arg in args]
@@ -498,7 +521,9 @@ def _program(
         indices = []
         for index in read.indices:
             if not isinstance(index, torch.fx.Node):
-                indices.append(builder.constant(index, torch.int32) if index >= 0 else builder.scalar(index, torch.int32))
+                indices.append(
+                    builder.constant(index, torch.int32) if index >= 0 else builder.scalar(index, torch.int32)
+                )
                 continue
             source = where_nodes[cursor]
             cursor += 1

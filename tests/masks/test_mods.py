@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from packflex import PackedLayout, create_block_mask, masks, score_mods
-from packflex.masks.from_mask_mod import over_indices
+from packflex.mods.vectorised import over_indices
 
 ROOT = Path(__file__).resolve().parents[2]
 S = 37

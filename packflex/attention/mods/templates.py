@@ -411,7 +411,9 @@ def dq_text(request: Request) -> str:
         if "q" in gradient.deps:
             text += f"    scatter({sums}, b_sum{n}[:, None], m_row[:, None], b_factor{gradient.slot}, GRAD_MODE)\n"
         else:
-            text += f"    scatter({sums}, tl.sum(b_sum{n}), tl.full([], 1, tl.int1), b_factor{gradient.slot}, GRAD_MODE)\n"
+            text += (
+                f"    scatter({sums}, tl.sum(b_sum{n}), tl.full([], 1, tl.int1), b_factor{gradient.slot}, GRAD_MODE)\n"
+            )
     return text
 
 
@@ -548,10 +550,19 @@ def dkdv_text(request: Request) -> str:
         i_head = (tl.program_id(1) * GROUP + i_group * HEADS).to(tl.int32)
 """
     if lists:
-        walk = _LISTS.format(head="i_head", tile="first_key // MASK_N").replace(" * PARTS", "").replace("\n    ", "\n        ")
+        walk = (
+            _LISTS.format(head="i_head", tile="first_key // MASK_N")
+            .replace(" * PARTS", "")
+            .replace("\n    ", "\n        ")
+        )
         text += walk.lstrip("\n")
     text += _indent([f"b_sum{n} = tl.zeros([BLOCK_N], tl.float32)" for n, _ in sums], 8) + "\n"
-    text += _indent(["h = i_head"], 8) + "\n" + _indent(_hoisted(kernel, roots, "b kv" if request.packed else "b h kv"), 8) + "\n"
+    text += (
+        _indent(["h = i_head"], 8)
+        + "\n"
+        + _indent(_hoisted(kernel, roots, "b kv" if request.packed else "b h kv"), 8)
+        + "\n"
+    )
     restore = _snapshot(kernel)
     for masked in (True, False):
         restore()
@@ -580,7 +591,9 @@ def dkdv_text(request: Request) -> str:
     )  # fmt: skip
 
 
-def _column_body(kernel: _Kernel, masked: bool, roots: list[Node], sums: list[tuple[int, CapturedGradient]]) -> list[str]:
+def _column_body(
+    kernel: _Kernel, masked: bool, roots: list[Node], sums: list[tuple[int, CapturedGradient]]
+) -> list[str]:
     request = kernel.request
     lists = request.lists
     rows = "o_e" if masked else "o_m"

@@ -1,0 +1,330 @@
+"""The kernel that makes index lists from a printed mask: each tile is empty, partly or wholly visible.
+
+A program classifies a row of tiles. What the mask computes of rows alone, or of columns alone, is evaluated once as a
+vector, and its least and greatest value bound everything that follows: where the bounds decide (a tile far from the
+diagonal, two ranges of documents that do not meet), no element is looked at. Elsewhere all elements are. A second
+kernel turns the states of the tiles into torch's lists, in both directions.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from packflex.masks.block_mask import BlockLists
+from packflex.mods import source
+from packflex.mods.lifted import PROGRAMS, Lifted
+from packflex.mods.nodes import Node, ordered
+from packflex.mods.printer import DEVICE, Printer, arguments
+
+_CHUNK = 16
+_MOST_ELEMENTS = 4096
+_HEADER = '''"""Printed by packflex: which tiles are visible under {what}."""
+
+import triton
+import triton.language as tl
+
+from packflex.mods.device import (
+{imports}
+)
+
+'''
+_BEGIN = """
+    i_chunk = tl.program_id(0)
+    i_q = tl.program_id(1) + first_row
+    b = tl.program_id(2) // heads
+    h = tl.program_id(2) % heads
+    o_m = tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    q = tl.minimum(i_q * tile_m + tl.minimum(o_m, tile_m - 1), q_len - 1)[:, None]
+    rows_whole = (i_q + 1) * tile_m <= q_len
+    p_state = STATE + (tl.program_id(2).to(tl.int64) * tiles_q + i_q) * tiles_kv
+"""
+_ELEMENTS = """
+            if (sure_true == 0) & (sure_false == 0):
+                seen = tl.zeros([], tl.int32)
+                hidden = tl.zeros([], tl.int32)
+                for part in range(BLOCK_M // PART_M):
+                    o_p = part * PART_M + tl.arange(0, PART_M)
+                    o_q = i_q * tile_m + o_p
+                    q_part = tl.minimum(o_q, q_len - 1)[:, None]
+                    m_in = ((o_p < tile_m) & (o_q < q_len))[:, None] & ((o_n < tile_n) & (o_k < kv_len))[None, :]
+{elements}
+                    m_s = m_in & ({out})
+                    seen = tl.maximum(seen, tl.max(m_s.to(tl.int32)))
+                    hidden = tl.maximum(hidden, tl.max((m_in & (m_s == 0)).to(tl.int32)))
+                state = tl.where(seen > 0, tl.where((hidden == 0) & whole, 2, 1), 0)
+"""
+
+
+def launch_tile_lists(
+    lifted: Lifted, shape: tuple[int, int, int, int], tile: tuple[int, int], device: torch.device
+) -> tuple[BlockLists, BlockLists]:
+    """The lists of each row of tiles, and those of each column, for a mask over (B, H, Q_LEN, KV_LEN)."""
+    batch, heads, q_len, kv_len = shape
+    tiles_q, tiles_kv = triton.cdiv(q_len, tile[0]), triton.cdiv(kv_len, tile[1])
+    state = torch.empty((batch, heads, tiles_q, tiles_kv), dtype=torch.int8, device=device)
+    block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in tile)
+    captures = [x.to(device) for x in lifted.captures]
+    kernel = _module(lifted.key).mask_tiles
+    rows_at_once = 65535  # of a grid's second axis
+    for first_row in range(0, tiles_q, rows_at_once):
+        grid = (triton.cdiv(tiles_kv, _CHUNK), min(tiles_q - first_row, rows_at_once), batch * heads)
+        kernel[grid](
+            state, first_row, q_len, kv_len, tiles_q, tiles_kv, heads, tile[0], tile[1],
+            *arguments(lifted.program, captures, lifted.numbers),
+            BLOCK_M=block_m, BLOCK_N=block_n, PART_M=max(1, min(block_m, _MOST_ELEMENTS // block_n)), CHUNK=_CHUNK,
+            num_warps=4,
+        )  # fmt: skip
+    return _lists(state, tiles_kv, 1), _lists(state, 1, tiles_kv)
+
+
+def _lists(state: Tensor, row_stride: int, column_stride: int) -> BlockLists:
+    """Lists of the rows (or, with the strides exchanged, the columns) of states [B, H, T_q, T_kv]."""
+    batch, heads, tiles_q, tiles_kv = state.shape
+    rows, columns = (tiles_q, tiles_kv) if column_stride == 1 else (tiles_kv, tiles_q)
+    counts = torch.empty((2, batch, heads, rows), dtype=torch.int32, device=state.device)
+    indices = torch.empty((2, batch, heads, rows, columns), dtype=torch.int32, device=state.device)
+    _compact_kernel[(rows, batch * heads)](
+        state, counts, indices, tiles_q * tiles_kv, row_stride, column_stride, rows, columns, batch * heads,
+        BLOCK=min(1024, triton.next_power_of_2(columns)), num_warps=4,
+    )  # fmt: skip
+    return BlockLists(counts[0], indices[0], counts[1], indices[1])
+
+
+@triton.jit(do_not_specialize=["plane", "row_stride", "column_stride", "rows", "columns", "planes"])
+def _compact_kernel(
+    STATE, COUNTS, INDICES, plane, row_stride, column_stride, rows, columns, planes, BLOCK: tl.constexpr
+):
+    """The tiles of one row in state 1, and those in state 2, listed first and in order; the others after them."""
+    i_row = tl.program_id(0)
+    i_plane = tl.program_id(1).to(tl.int64)
+    o_n = tl.arange(0, BLOCK)
+    p_state = STATE + i_plane * plane + i_row.to(tl.int64) * row_stride
+    o_list = i_plane * rows + i_row
+    both = planes.to(tl.int64) * rows
+    total_partial = tl.zeros([], tl.int32)
+    total_full = tl.zeros([], tl.int32)
+    for start in range(0, columns, BLOCK):
+        o = start + o_n
+        b_state = tl.load(p_state + o.to(tl.int64) * column_stride, mask=o < columns, other=0)
+        total_partial += tl.sum((b_state == 1).to(tl.int32))
+        total_full += tl.sum((b_state == 2).to(tl.int32))
+    tl.store(COUNTS + o_list, total_partial)
+    tl.store(COUNTS + both + o_list, total_full)
+    partial = tl.zeros([], tl.int32)
+    full = tl.zeros([], tl.int32)
+    for start in range(0, columns, BLOCK):
+        o = start + o_n
+        m_o = o < columns
+        b_state = tl.load(p_state + o.to(tl.int64) * column_stride, mask=m_o, other=0)
+        is_partial = (b_state == 1).to(tl.int32)
+        is_full = (b_state == 2).to(tl.int32)
+        before_partial = partial + tl.cumsum(is_partial, 0) - is_partial
+        before_full = full + tl.cumsum(is_full, 0) - is_full
+        at_partial = tl.where(is_partial > 0, before_partial, total_partial + o - before_partial)
+        at_full = tl.where(is_full > 0, before_full, total_full + o - before_full)
+        tl.store(INDICES + o_list * columns + at_partial, o, mask=m_o)
+        tl.store(INDICES + (both + o_list) * columns + at_full, o, mask=m_o)
+        partial += tl.sum(is_partial)
+        full += tl.sum(is_full)
+
+
+@lru_cache(maxsize=256)
+def _module(key: str) -> ModuleType:
+    return source.load(tile_kernel_text(key))
+
+
+def tile_kernel_text(key: str) -> str:
+    """The text of `mask_tiles` for a program of `PROGRAMS`."""
+    program = PROGRAMS[key]
+    printer = Printer(program, "m")
+    bounds = _Bounds(printer)
+    extra = printer.parameters()
+    sizes = ["first_row", "q_len", "kv_len", "tiles_q", "tiles_kv", "heads", "tile_m", "tile_n"]
+    loose = [*sizes, *(p for p in extra if "_stride" in p or "_size" in p or p[1] == "s")]
+    parameters = "".join(f" {name}," for name in extra)
+    out = program.out
+    text = _HEADER.format(
+        what=program.name.rsplit("/", 1)[-1],
+        imports="\n".join(f"    {name}," for name in sorted({*DEVICE, "round_even", "power"})),
+    )
+    text += (
+        f"\n@triton.jit(do_not_specialize={loose!r})\ndef mask_tiles(\n    STATE, {', '.join(sizes)},\n   {parameters}\n"
+        "    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART_M: tl.constexpr, CHUNK: tl.constexpr,\n):"
+    )
+    text += _BEGIN
+    text += _block(printer.statements([out], lambda n: n.deps <= {"b", "h"}), 4)
+    shared = dict(printer.names)
+    text += _block(printer.statements([out], lambda n: n.deps <= {"b", "h", "q"}), 4)
+    text += _block(bounds.of_vectors([out], "q"), 4)
+    text += (
+        "    for j in range(CHUNK):\n        i_k = i_chunk * CHUNK + j\n        if i_k < tiles_kv:\n"
+        "            o_k = i_k * tile_n + o_n\n"
+        "            kv = tl.minimum(i_k * tile_n + tl.minimum(o_n, tile_n - 1), kv_len - 1)[None, :]\n"
+        "            whole = rows_whole & ((i_k + 1) * tile_n <= kv_len)\n"
+    )
+    text += _block(printer.statements([out], lambda n: n.deps <= {"b", "h", "kv"}), 12)
+    text += _block(bounds.of_vectors([out], "kv"), 12)
+    text += _block(bounds.of_tile(out), 12)
+    text += "            state = tl.where(sure_true > 0, tl.where(whole, 2, 1), 0)\n"
+    # inside the parts of a tile, what depends on rows is computed anew
+    columns = {i: name for i, name in printer.names.items() if i in shared or _only(program, i, {"b", "h", "kv"})}
+    printer.names = columns
+    printer.inputs = {"q": "q_part"}
+    elements = _block(printer.statements([out]), 20).rstrip("\n")
+    return (
+        text
+        + _ELEMENTS.format(elements=elements, out=printer.text(out)).lstrip("\n")
+        + ("            tl.store(p_state + i_k, state.to(tl.int8))\n")
+    )
+
+
+def _only(program: object, place: int, allowed: set[str]) -> bool:
+    node = next(n for n in ordered([program.out]) if id(n) == place)  # type: ignore[attr-defined]
+    return node.deps <= allowed
+
+
+def _block(lines: list, indent: int) -> str:
+    return "".join(" " * indent + str(line).replace("mods.", "") + "\n" for line in lines)
+
+
+class _Bounds:
+    """Statements that bound each node over a tile: `lo` and `hi` of integers, `sure` and `never` of bools."""
+
+    def __init__(self, printer: Printer) -> None:
+        self.printer = printer
+        self.known: dict[int, tuple[str, str] | None] = {}
+
+    def of_vectors(self, roots: list[Node], axis: str) -> list[str]:
+        """Bounds of what varies with `axis` alone and is used together with the other."""
+        lines = []
+        for node in ordered(roots):
+            if axis in node.deps and node.deps <= {"b", "h", axis} and id(node) not in self.known and not node.is_float:
+                name = f"r{len(self.known)}"
+                text = self.printer.text(node)
+                if node.dtype == torch.bool:
+                    lines += [
+                        f"{name}t = tl.min(({text}).to(tl.int32)) > 0",
+                        f"{name}f = tl.max(({text}).to(tl.int32)) == 0",
+                    ]
+                    self.known[id(node)] = (f"{name}t", f"{name}f")
+                else:
+                    lines += [f"{name}l = tl.min({text})", f"{name}h = tl.max({text})"]
+                    self.known[id(node)] = (f"{name}l", f"{name}h")
+        return lines
+
+    def of_tile(self, out: Node) -> list[str]:
+        """Bounds of everything else, up to `sure_true` and `sure_false` of the mask itself."""
+        lines: list[str] = []
+        for node in ordered([out]):
+            if id(node) not in self.known:
+                self.known[id(node)] = self._bounded(node, lines)
+        found = self.known[id(out)]
+        if found is None:
+            return [*lines, "sure_true = tl.zeros([], tl.int32)", "sure_false = tl.zeros([], tl.int32)"]
+        return [*lines, f"sure_true = ({found[0]}).to(tl.int32)", f"sure_false = ({found[1]}).to(tl.int32)"]
+
+    def _bounded(self, node: Node, lines: list[str]) -> tuple[str, str] | None:
+        if node.is_float:
+            return None
+        if node.deps <= {"b", "h"}:
+            text = self.printer.text(node)
+            return (f"({text})", f"({text} == 0)") if node.dtype == torch.bool else (text, text)
+        args = [self.known[id(arg)] for arg in node.args]
+        name = f"r{len(self.known)}"
+        pair = _decided(node, args) if node.dtype == torch.bool else _ranged(node, args, self)
+        if pair is None:
+            return None
+        first, second = ("t", "f") if node.dtype == torch.bool else ("l", "h")
+        lines += [f"{name}{first} = {pair[0]}", f"{name}{second} = {pair[1]}"]
+        return f"{name}{first}", f"{name}{second}"
+
+
+def _decided(node: Node, args: list) -> tuple[str, str] | None:
+    """(surely true, surely false) of a bool node."""
+    if node.op == "and" and (args[0] or args[1]):
+        (a, b) = ((x or ("(i_q < 0)", "(i_q < 0)")) for x in args)
+        return f"{a[0]} & {b[0]}", f"{a[1]} | {b[1]}"
+    if node.op == "or" and (args[0] or args[1]):
+        (a, b) = ((x or ("(i_q < 0)", "(i_q < 0)")) for x in args)
+        return f"{a[0]} | {b[0]}", f"{a[1]} & {b[1]}"
+    if any(x is None for x in args):
+        return None
+    if node.op == "not":
+        return args[0][1], args[0][0]
+    if node.op == "xor":
+        (a, b) = args
+        return f"({a[0]} & {b[1]}) | ({a[1]} & {b[0]})", f"({a[0]} & {b[0]}) | ({a[1]} & {b[1]})"
+    if node.op == "where":
+        c, x, y = args
+        return (
+            f"({c[0]} & {x[0]}) | ({c[1]} & {y[0]}) | ({x[0]} & {y[0]})",
+            f"({c[0]} & {x[1]}) | ({c[1]} & {y[1]}) | ({x[1]} & {y[1]})",
+        )
+    if node.op not in ("lt", "le", "gt", "ge", "eq", "ne") or any(arg.dtype == torch.bool for arg in node.args):
+        return None
+    (al, ah), (bl, bh) = args
+    same, apart = f"({al} == {ah}) & ({bl} == {bh}) & ({al} == {bl})", f"({ah} < {bl}) | ({al} > {bh})"
+    return {
+        "lt": (f"{ah} < {bl}", f"{al} >= {bh}"), "le": (f"{ah} <= {bl}", f"{al} > {bh}"),
+        "gt": (f"{al} > {bh}", f"{ah} <= {bl}"), "ge": (f"{al} >= {bh}", f"{ah} < {bl}"),
+        "eq": (same, apart), "ne": (apart, same),
+    }[node.op]  # fmt: skip
+
+
+def _ranged(node: Node, args: list, bounds: _Bounds) -> tuple[str, str] | None:
+    """(least, greatest) of an integer node."""
+    if node.op == "sub" and (found := _remainder(node, bounds)) is not None:
+        return found
+    if any(x is None for x in args):
+        return None
+    if node.op in ("add", "sub"):
+        (al, ah), (bl, bh) = args
+        return (f"{al} + {bl}", f"{ah} + {bh}") if node.op == "add" else (f"{al} - {bh}", f"{ah} - {bl}")
+    if node.op == "neg":
+        return f"-{args[0][1]}", f"-{args[0][0]}"
+    if node.op == "abs":
+        low, high = args[0]
+        return f"tl.maximum(tl.maximum({low}, -{high}), 0)", f"tl.maximum(-{low}, {high})"
+    if node.op in ("max", "min"):
+        (al, ah), (bl, bh) = args
+        return f"tl.{node.op}imum({al}, {bl})", f"tl.{node.op}imum({ah}, {bh})"
+    if node.op == "mul":
+        (al, ah), (bl, bh) = args
+        ends = [f"{x} * {y}" for x in (al, ah) for y in (bl, bh)]
+        least, greatest = (
+            f"tl.{f}imum(tl.{f}imum({ends[0]}, {ends[1]}), tl.{f}imum({ends[2]}, {ends[3]}))" for f in ("min", "max")
+        )
+        return least, greatest
+    if node.op == "divided_by":
+        rest = ", ".join(bounds.printer.text(arg) for arg in node.args[1:])
+        return f"divided_by({args[0][0]}, {rest})", f"divided_by({args[0][1]}, {rest})"
+    if node.op == "where":
+        _, (al, ah), (bl, bh) = args
+        return f"tl.minimum({al}, {bl})", f"tl.maximum({ah}, {bh})"
+    if node.op == "cast" and node.args[0].dtype in (torch.int32, torch.int16, torch.int8) and node.dtype in (
+        torch.int32, torch.int64,
+    ):  # fmt: skip
+        kind = "tl.int32" if node.dtype == torch.int32 else "tl.int64"
+        return f"({args[0][0]}).to({kind})", f"({args[0][1]}).to({kind})"
+    return None
+
+
+def _remainder(node: Node, bounds: _Bounds) -> tuple[str, str] | None:
+    """Bounds of `x - x // d * d`: exact where the quotient is one number over the tile."""
+    product = node.args[1]
+    if product.op != "mul" or product.args[0].op != "divided_by" or product.args[0].args[0] is not node.args[0]:
+        return None
+    x, quotient = bounds.known[id(node.args[0])], bounds.known[id(product.args[0])]
+    if x is None or quotient is None:
+        return None
+    divisor = bounds.printer.text(product.args[1])
+    one = f"{quotient[0]} == {quotient[1]}"
+    offset = f"{quotient[0]} * {divisor}"
+    return f"tl.where({one}, {x[0]} - {offset}, 0)", f"tl.where({one}, {x[1]} - {offset}, {divisor} - 1)"

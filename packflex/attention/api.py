@@ -216,8 +216,8 @@ def _choose_backend(
         raise NotImplementedError(f'backend="hopper" does not run {what} yet; use backend="triton"')
     if backend == "triton" and not intervals_only and torch.compiler.is_compiling():
         raise NotImplementedError(
-            'backend="triton" does not run a score_mod or a mask_mod inside torch.compile yet; leave backend=None there, '
-            "which takes torch's own flex_attention"
+            'backend="triton" does not run a score_mod or a mask_mod inside torch.compile yet; leave backend=None '
+            "there, which takes torch's own flex_attention"
         )
     if backend == "hopper" and (why := support.refusal(query, key, value, scale)):
         raise NotImplementedError(f'backend="hopper" cannot run this: {why}; use backend="triton" or "reference"')

@@ -25,10 +25,10 @@ def create_block_mask(
     """Block mask of any `mask_mod(b, h, q_idx, kv_idx)`, torch's signature and meaning.
 
     `mask_mod` is traced once. Where its program shows that each query sees one interval of keys (causal, windows,
-    prefixes, the documents of a `PackedLayout`, and conjunctions of these), the mask is made of intervals in closed form.
-    Otherwise, on a GPU, one kernel classifies each tile as empty, partly or wholly visible: from bounds of the program
-    over the tile where they decide, else element by element. Memory grows with the number of tiles, never with
-    Q_LEN x KV_LEN, and nothing waits for the device.
+    prefixes, the documents of a `PackedLayout`, and conjunctions of these), the mask is made of intervals in closed
+    form. Otherwise, on a GPU, one kernel classifies each tile as empty, partly or wholly visible: from bounds of the
+    program over the tile where they decide, else element by element. Memory grows with the number of tiles, never
+    with Q_LEN x KV_LEN, and nothing waits for the device.
 
     Args:
         mask_mod: function of four int32 tensors that returns a bool tensor; pointwise, may read captured tensors.

@@ -39,7 +39,7 @@ class _Interval:
     hi: Tensor | None = None
 
 
-class _Unrecognised(Exception):
+class _UnrecognisedError(Exception):
     pass
 
 
@@ -51,7 +51,7 @@ def recognised_intervals(lifted: Lifted, shape: tuple[int, int, int, int], devic
     reader = _Reader(lifted, shape, device)
     try:
         interval = reader.interval(out)
-    except _Unrecognised:
+    except _UnrecognisedError:
         return None
     batch, _, q_len, kv_len = shape
     zero = torch.zeros((batch, q_len), dtype=torch.int64, device=device)
@@ -88,7 +88,7 @@ class _Reader:
                 return _Interval(None, _joined(torch.maximum, left.hi, right.hi))
             if left.hi is None and right.hi is None:
                 return _Interval(_joined(torch.minimum, left.lo, right.lo), None)
-            raise _Unrecognised
+            raise _UnrecognisedError
         return self._conjunction([node])
 
     def _conjunction(self, terms: list[Node]) -> _Interval:
@@ -115,9 +115,9 @@ class _Reader:
         layout: DocumentOrigin | None = getattr(ids, "packflex_documents", None)
         batch, _, q_len, kv_len = self.shape
         if layout is None or layout.version != ids._version or ids.device != self.device:
-            raise _Unrecognised
+            raise _UnrecognisedError
         if (batch, q_len, kv_len) != (*ids.shape, layout.seq_len):
-            raise _Unrecognised
+            raise _UnrecognisedError
         self.layout = layout
         bounds = document_intervals(layout.cu_seqlens, layout.row_offsets, None, layout.seq_len, False, 0).long()
         lo, hi = bounds[0], bounds[1]
@@ -127,10 +127,10 @@ class _Reader:
 
     def _comparison(self, node: Node) -> _Interval:
         if node.op not in _FLIPPED:
-            raise _Unrecognised
+            raise _UnrecognisedError
         left, right = node.args
         if left.is_float or right.is_float:
-            raise _Unrecognised
+            raise _UnrecognisedError
         op = node.op
         if right.op == "abs":
             left, right, op = right, left, _FLIPPED[op]
@@ -138,7 +138,7 @@ class _Reader:
             q, kv, rest = self._linear(left.args[0])
             _, other, limit = self._linear(right)
             if other or self._linear(right)[0]:
-                raise _Unrecognised
+                raise _UnrecognisedError
             above = self._bound(op, q, kv, rest - limit)
             below = self._bound(_FLIPPED[op], q, kv, rest + limit)
             return _Interval(
@@ -153,9 +153,9 @@ class _Reader:
         if kv == -1:
             q, rest, op = -q, -rest, _FLIPPED[op]
         elif kv != 1:
-            raise _Unrecognised
+            raise _UnrecognisedError
         if -q < 0:  # the bound would fall along the queries
-            raise _Unrecognised
+            raise _UnrecognisedError
         queries = torch.arange(self.shape[2], device=self.device)
         bound = -q * queries - rest  # kv_idx OP bound
         return {
@@ -182,7 +182,7 @@ class _Reader:
             (a, c, rest), (d, e, other) = (self._linear(arg) for arg in node.args)
             sign = 1 if node.op == "add" else -1
             return a + sign * d, c + sign * e, rest + sign * other
-        raise _Unrecognised
+        raise _UnrecognisedError
 
 
 def _terms(node: Node) -> list[Node]:

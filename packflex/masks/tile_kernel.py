@@ -155,7 +155,8 @@ def tile_kernel_text(key: str) -> str:
         imports="\n".join(f"    {name}," for name in sorted({*DEVICE, "round_even", "power"})),
     )
     text += (
-        f"\n@triton.jit(do_not_specialize={loose!r})\ndef mask_tiles(\n    STATE, {', '.join(sizes)},\n   {parameters}\n"
+        f"\n@triton.jit(do_not_specialize={loose!r})\n"
+        f"def mask_tiles(\n    STATE, {', '.join(sizes)},\n   {parameters}\n"
         "    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART_M: tl.constexpr, CHUNK: tl.constexpr,\n):"
     )
     text += _BEGIN

@@ -1,4 +1,4 @@
-"""What a mod that cannot become a kernel is told: which function, which line, which operation, and the way to write it."""
+"""What a mod that cannot become a kernel is told: which function, line and operation, and the way to write it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def unwrapped(mod: Callable[..., Any]) -> Any:
     """The function inside partials, bound methods and callable objects, as far as it can be seen."""
     while isinstance(mod, functools.partial):
         mod = mod.func
-    if not hasattr(mod, "__code__") and hasattr(type(mod), "__call__") and hasattr(type(mod).__call__, "__code__"):
+    if callable(mod) and not hasattr(mod, "__code__") and hasattr(type(mod).__call__, "__code__"):
         mod = getattr(mod, "forward", None) or type(mod).__call__
     return getattr(mod, "__func__", mod)
 

@@ -1,4 +1,4 @@
-"""Evaluate a program with torch over whole index vectors: the eager meaning of the nodes, differentiable by autograd."""
+"""Evaluate a program with torch over whole index vectors: the eager meaning of the nodes, for autograd too."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
     "and": operator.and_, "or": operator.or_, "xor": operator.xor, "shl": operator.lshift, "shr": operator.rshift,
     "abs": torch.abs, "max": torch.maximum, "min": torch.minimum, "where": torch.where, "sign": torch.sign,
-    "floordiv": torch.floor_divide, "remainder": torch.remainder, "fmod": torch.fmod, "pow": torch.pow, "round": torch.round,
-    "truncdiv": lambda x, y: torch.div(x, y, rounding_mode="trunc"), "divided_by": lambda x, d, *_: torch.floor_divide(x, d),
+    "floordiv": torch.floor_divide, "remainder": torch.remainder, "fmod": torch.fmod, "pow": torch.pow,
+    "round": torch.round, "truncdiv": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
+    "divided_by": lambda x, d, *_: torch.floor_divide(x, d),
     "not": lambda x: torch.logical_not(x) if x.dtype == torch.bool else torch.bitwise_not(x),
 }  # fmt: skip
 
 
-class OutOfBounds(Exception):
+class OutOfBoundsError(Exception):
     """A read past the end of a captured tensor: `slot`, `axis`, the `index` and the axis's `size`."""
 
     def __init__(self, node: Node, axis: int, index: int, size: int) -> None:
@@ -49,7 +50,7 @@ def evaluate(
         seen: bool, where given: reads are checked where it is true, and clamped elsewhere.
 
     Raises:
-        OutOfBounds: with `seen`, a read past the end.
+        OutOfBoundsError: with `seen`, a read past the end.
     """
     roots = list(roots)
     values: dict[int, Any] = {}
@@ -80,7 +81,7 @@ def _read(node: Node, table: Tensor, indices: list[Tensor], seen: Tensor | None)
         if seen is not None:
             outside = ((index < -size) | (index >= size)) & seen
             if bool(outside.any()):
-                raise OutOfBounds(node, axis, int(torch.broadcast_to(index, outside.shape)[outside][0]), size)
+                raise OutOfBoundsError(node, axis, int(torch.broadcast_to(index, outside.shape)[outside][0]), size)
             index = index.clamp(-size, size - 1)
         checked.append(index)
     return table[tuple(torch.broadcast_tensors(*checked))]

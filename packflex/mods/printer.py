@@ -1,8 +1,8 @@
 """Print a program as statements of a Triton kernel.
 
 A kernel's template names the tile's `b`, `h`, `q`, `kv`, `score` and `grad` with shapes that broadcast against one
-another: a scalar, [M, 1], [1, N] or [M, N]. Each statement then has the shape of what it depends on, so that what belongs
-to a row is computed once a row. Plain Triton and Gluon share every name that is printed here.
+another: a scalar, [M, 1], [1, N] or [M, N]. Each statement then has the shape of what it depends on, so that what
+belongs to a row is computed once a row. Plain Triton and Gluon share every name that is printed here.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from packflex.mods.nodes import Layout, Node, Program, ordered
 
 TYPES = {
     torch.float32: "tl.float32", torch.int64: "tl.int64", torch.int32: "tl.int32", torch.int16: "tl.int16",
-    torch.int8: "tl.int8", torch.uint8: "tl.uint8", torch.uint16: "tl.uint16", torch.uint32: "tl.uint32", torch.bool: "tl.int1",
+    torch.int8: "tl.int8", torch.uint8: "tl.uint8", torch.uint16: "tl.uint16", torch.uint32: "tl.uint32",
+    torch.bool: "tl.int1",
 }  # fmt: skip
 _INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
-    "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>",
+    "add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">",
+    "ge": ">=", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>",
 }  # fmt: skip
 _CALLS = {
     "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "log2": "tl.log2", "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt",
@@ -28,8 +29,9 @@ _CALLS = {
     "abs": "tl.abs", "where": "tl.where", "round": "mods.round_even", "pow": "mods.power",
 }  # fmt: skip
 DEVICE = {
-    "tanh", "sign", "floordiv", "remainder", "fmod", "divided_by", "isnan", "isinf", "log1p", "expm1", "log10", "tan", "asin",
-    "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "lgamma", "trunc", "atan2", "hypot", "copysign",
+    "tanh", "sign", "floordiv", "remainder", "fmod", "divided_by", "isnan", "isinf", "log1p", "expm1", "log10", "tan",
+    "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "lgamma", "trunc", "atan2", "hypot",
+    "copysign",
 }  # fmt: skip
 
 

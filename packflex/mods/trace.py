@@ -1,10 +1,10 @@
 """Trace a mod into a `Program`: `make_fx` over 0-d fake tensors, then the same graph differentiated.
 
 Two passes. The first runs the user's function once and records every operation, with the user's line. Captured tensors
-are the user's own objects there; an operation between captured tensors alone (`torch.sigmoid(gate)[h]`) runs on the real
-tensors instead, under autograd, and its result is what the kernel reads. The second pass replays the recorded graph
-with each read replaced by an input, under `torch.func.vjp`, which yields d(score) and what each read sends back: the
-scatter into a captured tensor is then the kernel's business alone.
+are the user's own objects there; an operation between captured tensors alone (`torch.sigmoid(gate)[h]`) runs on the
+real tensors instead, under autograd, and its result is what the kernel reads. The second pass replays the recorded
+graph with each read replaced by an input, under `torch.func.vjp`, which yields d(score) and what each read sends back:
+the scatter into a captured tensor is then the kernel's business alone.
 
 Values are float32 inside a kernel; float16, bfloat16 and float64 captured tensors are converted as they are read.
 """
@@ -30,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from packflex.layout import is_on
 from packflex.mods.aten import IDENTITIES, decompositions, is_supported, kernel_dtype, to_nodes
 from packflex.mods.errors import ModError, ModIndexError, ModTypeError, name_of
 from packflex.mods.nodes import INDICES, Builder, CapturedGradient, Layout, Node, Program
@@ -252,8 +253,8 @@ def _explained(error: Exception, mod: Callable[..., Any], kind: str) -> ModError
         or "is_nonzero" in text
     ):
         return ModError(
-            f"{at}: a Python `if`, `and`, `or`, `not`, int(), float() or .item() on an index or a score, whose value is "
-            "known only inside the kernel; write torch.where(condition, a, b), and &, |, ~ between conditions"
+            f"{at}: a Python `if`, `and`, `or`, `not`, int(), float() or .item() on an index or a score, whose value "
+            "is known only inside the kernel; write torch.where(condition, a, b), and &, |, ~ between conditions"
         )
     if isinstance(error, TypeError | ValueError) and "device" not in text:
         return ModTypeError(f"{kind}_mod {at}: {name}: {text}")
@@ -315,13 +316,12 @@ class _FirstGraph:
         if tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad:
             self.fixed[node] = tensor
             return
-        if tensor.device != self.device and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
-            if not (tensor.device.type == self.device.type and None in (tensor.device.index, self.device.index)):
-                raise self._fail(
-                    _user(node),
-                    f"a captured tensor of shape {tuple(tensor.shape)} is on {tensor.device}, query on {self.device}: "
-                    f"move it with .to({str(self.device)!r}) before the mod captures it",
-                )
+        if not (is_on(tensor.device, self.device) or (tensor.dim() == 0 and tensor.device.type == "cpu")):
+            raise self._fail(
+                _user(node),
+                f"a captured tensor of shape {tuple(tensor.shape)} is on {tensor.device}, query on {self.device}: "
+                f"move it with .to({str(self.device)!r}) before the mod captures it",
+            )
         if id(tensor) not in self.slots:
             self.slots[id(tensor)] = len(self.captures)
             self.captures.append(tensor)
@@ -455,7 +455,9 @@ def _second_pass(first: _FirstGraph, mod: Callable[..., Any], kind: str) -> tupl
             out, where = replay(score, indices, mine, fixed)
             return out.to(torch.float32).clone(), where
 
-        out, vjp, where = torch.func.vjp(forward, score, *[values[i] for i in wanted], has_aux=True)
+        out, vjp, where = torch.func.vjp(  # type: ignore[misc]  # three results with has_aux
+            forward, score, *[values[i] for i in wanted], has_aux=True
+        )
         return (out, where, *vjp(grad))
 
     try:
@@ -568,7 +570,9 @@ def _convert_until(
     for node in sorted(needed, key=position.__getitem__):
         if node.op == "get_attr":
             tensor = _attribute(graph, node.target)
-            tensor = getattr(tensor, "constant", None) if isinstance(tensor, FakeTensor) else tensor
+            if isinstance(tensor, FakeTensor):
+                tensor = tensor.constant
+                assert tensor is not None  # a number that the trace made
             env[node] = builder.constant(tensor.item(), kernel_dtype(tensor.dtype))
         else:
             try:

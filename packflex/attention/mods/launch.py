@@ -144,8 +144,8 @@ def _fit(tile: Tile, heads: int, blocks: Blocks) -> Tile:
         block_n //= 2
     if min(block_m, block_n) < 16:
         raise NotImplementedError(
-            f'backend="triton" walks masks whose BLOCK_SIZE is a multiple of 16; got {blocks.tile}: build the mask with '
-            "BLOCK_SIZE=128"
+            f'backend="triton" walks masks whose BLOCK_SIZE is a multiple of 16; got {blocks.tile}: build the mask '
+            "with BLOCK_SIZE=128"
         )
     return Tile(block_m, block_n, tile.num_warps, tile.num_stages, tile.max_heads)
 
@@ -272,7 +272,8 @@ def launch_backward(
         shared = [q, k, v, grad_out, lse, delta]
         fixed = [
             *shared, *q_blocks.tensors, grad_k, grad_v, *call.strides(), *grad_out.stride()[:3], *grad_k.stride()[:3],
-            *grad_v.stride()[:3], *q_blocks.numbers(), q_len, kv_len, call.scale, call.softcap, *mods, *slots("columns"),
+            *grad_v.stride()[:3], *q_blocks.numbers(), q_len, kv_len, call.scale, call.softcap, *mods,
+            *slots("columns"),
         ]  # fmt: skip
         _run(
             call, "dkdv", q_blocks, gradients, fixed,

@@ -352,8 +352,8 @@ def dq_text(request: Request) -> str:
     fixed = (
         f"Q, K, V, GRAD_OUT, LSE, DELTA, {_walk_parameters(lists, 'KV')} GRAD_Q,\n"
         "    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,\n"
-        f"    stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, {_walk_numbers(lists)} q_len, kv_len,\n"
-        "    scale, softcap,"
+        "    stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs,\n"
+        f"    {_walk_numbers(lists)} q_len, kv_len, scale, softcap,"
     )
     constants = _CONSTANTS + " GRAD_MODE: tl.constexpr," + (_LIST_CONSTANTS if lists else "")
     text = _definition("mod_dq", fixed, kernel, slots, constants) + _ROWS
@@ -407,13 +407,11 @@ def dq_text(request: Request) -> str:
     for n, gradient in row_sums:
         assert kernel.score is not None
         offset = kernel.score.offset(gradient.slot, gradient.indices)
-        sums = f"x_sum{gradient.slot}, {offset}"
+        target, factor = f"x_sum{gradient.slot}, {offset}", f"b_factor{gradient.slot}, GRAD_MODE"
         if "q" in gradient.deps:
-            text += f"    scatter({sums}, b_sum{n}[:, None], m_row[:, None], b_factor{gradient.slot}, GRAD_MODE)\n"
+            text += f"    scatter({target}, b_sum{n}[:, None], m_row[:, None], {factor})\n"
         else:
-            text += (
-                f"    scatter({sums}, tl.sum(b_sum{n}), tl.full([], 1, tl.int1), b_factor{gradient.slot}, GRAD_MODE)\n"
-            )
+            text += f"    scatter({target}, tl.sum(b_sum{n}), tl.full([], 1, tl.int1), {factor})\n"
     return text
 
 
@@ -570,9 +568,9 @@ def dkdv_text(request: Request) -> str:
     restore()
     for n, gradient in sums:
         assert kernel.score is not None
-        index_nodes = _written(kernel.score.statements(gradient.indices))
+        indices = _written(kernel.score.statements(gradient.indices))
         offset = kernel.score.offset(gradient.slot, gradient.indices)
-        text += _indent(index_nodes, 8) + "\n"
+        text += _indent(indices, 8) + "\n"
         text += (
             f"        scatter(x_sum{gradient.slot}, {offset}, b_sum{n}[:, None], m_k[:, None], "
             f"b_factor{gradient.slot}, GRAD_MODE)\n"

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from packflex.attention.memory import new_bshd
 from packflex.masks.block_mask import MaskMod
-from packflex.mods.evaluate import evaluate
+from packflex.mods.bounds import out_of_bounds
+from packflex.mods.evaluate import OutOfBoundsError, evaluate
 from packflex.mods.lifted import lift
 from packflex.mods.nodes import INDICES
 from packflex.mods.vectorised import over_indices
@@ -199,12 +200,13 @@ def dense_attention(
     k_all, v_all = (x.to(dtype).repeat_interleave(groups, 1) for x in (k, v))
     scores = (q.to(dtype) @ k_all.transpose(-1, -2)) * scale
     indices = [torch.arange(n, device=q.device, dtype=torch.int32) for n in scores.shape]
+    seen = None if mask_mod is None else _over(mask_mod, "mask", dtype, None, indices)
     if score_mod is not None:
-        scores = _over(score_mod, "score", dtype, scores, indices).to(dtype).expand_as(scores)
+        scores = _over(score_mod, "score", dtype, scores, indices, seen).to(dtype).expand_as(scores)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask_mod is not None:
-        scores = scores.masked_fill(~_over(mask_mod, "mask", dtype, None, indices), -torch.inf)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
     top = scores.amax(-1, keepdim=True).detach()
     top = top.masked_fill(top == -torch.inf, 0)
     weights = (scores - top).exp()
@@ -219,7 +221,12 @@ def dense_attention(
 
 
 def _over(
-    mod: Callable[..., Tensor], kind: str, dtype: torch.dtype, scores: Tensor | None, indices: list[Tensor]
+    mod: Callable[..., Tensor],
+    kind: str,
+    dtype: torch.dtype,
+    scores: Tensor | None,
+    indices: list[Tensor],
+    seen: Tensor | None = None,
 ) -> Tensor:
     """A mod over whole index vectors, by its traced program; by `torch.vmap` where torch.compile does the tracing."""
     if torch.compiler.is_compiling():
@@ -229,4 +236,9 @@ def _over(
     inputs = {name: x.view(shape) for name, x, shape in zip(INDICES, indices, shapes, strict=True)}
     if scores is not None:
         inputs["score"] = scores
-    return evaluate([lifted.program.out], inputs, lifted.captures, lifted.numbers, dtype)[0]
+    everywhere = torch.ones((), dtype=torch.bool, device=indices[0].device)
+    seen = everywhere if seen is None else seen
+    try:
+        return evaluate([lifted.program.out], inputs, lifted.captures, lifted.numbers, dtype, seen)[0]
+    except OutOfBoundsError as error:
+        raise out_of_bounds(error, lifted) from None

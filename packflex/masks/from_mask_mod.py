@@ -21,6 +21,8 @@ def create_block_mask(
     KV_LEN: int,
     device: torch.device | str = "cuda",
     BLOCK_SIZE: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
+    *,
+    check_bounds: bool = False,
 ) -> BlockMask:
     """Block mask of any `mask_mod(b, h, q_idx, kv_idx)`, torch's signature and meaning.
 
@@ -38,6 +40,8 @@ def create_block_mask(
         KV_LEN: keys.
         device: where the mask lives, as the tensors that `mask_mod` reads must.
         BLOCK_SIZE: rows and columns of a tile.
+        check_bounds: first evaluate every read of captured tensors and raise for one past the end, which a kernel would
+            read unnoticed; takes time with Q_LEN x KV_LEN, for debugging.
 
     Raises:
         ValueError: sizes below 1, or a `mask_mod` that cannot become a kernel (`ModError`, with its line).
@@ -52,6 +56,10 @@ def create_block_mask(
     shape = (batch, heads, Q_LEN, KV_LEN)
     if torch.compiler.is_compiling():
         return _mask_of_lists(shape, tile, mask_mod, _tiles_by_rows(mask_mod, None, shape, tile, device))
+    if check_bounds:
+        from packflex.mods.bounds import check_reads
+
+        check_reads(mask_mod, "mask", shape, device)
     lifted = lift(mask_mod, "mask", device)
     found = recognised_intervals(lifted, shape, device)
     if found is not None:

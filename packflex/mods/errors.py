@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import linecache
 from collections.abc import Callable
 from typing import Any
 
@@ -35,3 +36,13 @@ def name_of(mod: Callable[..., Any]) -> str:
     name = name.rsplit(".<locals>.", 1)[-1]
     code = getattr(function, "__code__", None)
     return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def located(name: str, line: str) -> str:
+    """How an error begins: the mod, its line (`file:number`, or empty) and that line's text."""
+    if not line:
+        return name
+    file, _, number = line.rpartition(":")
+    text = linecache.getline(file, int(number)).strip()
+    text = text if len(text) <= 120 else text[:117] + "..."
+    return f"{name}, at {line}{f' `{text}`' if text else ''}"

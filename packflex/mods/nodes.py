@@ -44,6 +44,11 @@ class Node:
         """Whether it is float32."""
         return self.dtype.is_floating_point
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it differs from element to element of a tile."""
+        return self.deps >= {"q", "kv"} or bool(self.deps & {"score", "grad"})
+
 
 @dataclass(frozen=True)
 class Scalar:

@@ -143,7 +143,7 @@ class Printer:
 
     def _load(self, node: Node, load_mask: str) -> str:
         layout = self.program.layouts[node.value]
-        mask = f", mask={load_mask}, other=0" if load_mask and node.deps >= {"q", "kv"} else ""
+        mask = f", mask={load_mask}, other=0" if load_mask and node.is_full else ""
         text = f"tl.load({self.prefix}c{node.value} + {self.offset(node.value, node.args)}{mask})"
         if layout.dtype == torch.bool:
             return f"{text} != 0"

@@ -12,7 +12,6 @@ Values are float32 inside a kernel; float16, bfloat16 and float64 captured tenso
 from __future__ import annotations
 
 import inspect
-import linecache
 import operator
 import os
 import sys
@@ -32,7 +31,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from packflex.layout import is_on
 from packflex.mods.aten import IDENTITIES, decompositions, is_supported, kernel_dtype, to_nodes
-from packflex.mods.errors import ModError, ModIndexError, ModTypeError, name_of
+from packflex.mods.errors import ModError, ModIndexError, ModTypeError, located, name_of
 from packflex.mods.nodes import INDICES, Builder, CapturedGradient, Layout, Node, Program
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -203,13 +202,7 @@ def _user_line() -> str:
 
 
 def _at(line: str, mod: Callable[..., Any]) -> str:
-    """How an error begins: the mod, the line, and its text."""
-    if not line:
-        return name_of(mod)
-    file, _, number = line.rpartition(":")
-    text = linecache.getline(file, int(number)).strip()
-    text = text if len(text) <= 120 else text[:117] + "..."
-    return f"{name_of(mod)}, at {line}{f' `{text}`' if text else ''}"
+    return located(name_of(mod), line)
 
 
 def _record(mod: Callable[..., Any], kind: str, device: torch.device, recorder: _Recorder) -> Any:

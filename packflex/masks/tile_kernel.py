@@ -18,6 +18,7 @@ from torch import Tensor
 
 from packflex.masks.block_mask import BlockLists
 from packflex.mods import source
+from packflex.mods.errors import short_name
 from packflex.mods.lifted import PROGRAMS, Lifted
 from packflex.mods.nodes import Node, ordered
 from packflex.mods.printer import DEVICE, Printer, arguments
@@ -71,7 +72,7 @@ def launch_tile_lists(
     state = torch.empty((batch, heads, tiles_q, tiles_kv), dtype=torch.int8, device=device)
     block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in tile)
     captures = [x.to(device) for x in lifted.captures]
-    kernel = _module(lifted.key).mask_tiles
+    kernel = tile_kernel_module(lifted.key).mask_tiles
     rows_at_once = 65535  # of a grid's second axis
     for first_row in range(0, tiles_q, rows_at_once):
         grid = (triton.cdiv(tiles_kv, _CHUNK), min(tiles_q - first_row, rows_at_once), batch * heads)
@@ -136,7 +137,8 @@ def _compact_kernel(
 
 
 @lru_cache(maxsize=256)
-def _module(key: str) -> ModuleType:
+def tile_kernel_module(key: str) -> ModuleType:
+    """The module of the printed `mask_tiles` of a program of `PROGRAMS`."""
     return source.load(tile_kernel_text(key))
 
 
@@ -151,7 +153,7 @@ def tile_kernel_text(key: str) -> str:
     parameters = "".join(f" {name}," for name in extra)
     out = program.out
     text = _HEADER.format(
-        what=program.name.rsplit("/", 1)[-1],
+        what=short_name(program.name),
         imports="\n".join(f"    {name}," for name in sorted({*DEVICE, "round_even", "power"})),
     )
     text += (
@@ -192,7 +194,7 @@ def _only(program: object, place: int, allowed: set[str]) -> bool:
 
 
 def _block(lines: list, indent: int) -> str:
-    return "".join(" " * indent + str(line).replace("mods.", "") + "\n" for line in lines)
+    return "".join(" " * indent + str(line) + "\n" for line in lines)
 
 
 class _Bounds:

@@ -46,3 +46,9 @@ def located(name: str, line: str) -> str:
     text = linecache.getline(file, int(number)).strip()
     text = text if len(text) <= 120 else text[:117] + "..."
     return f"{name}, at {line}{f' `{text}`' if text else ''}"
+
+
+def short_name(name: str) -> str:
+    """A name of `name_of` without the file's folder."""
+    function, _, place = name.rpartition(" (")
+    return f"{function} ({place.rsplit('/', 1)[-1]}" if function else name

@@ -26,7 +26,7 @@ _INFIX = {
 _CALLS = {
     "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "log2": "tl.log2", "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt",
     "sin": "tl.sin", "cos": "tl.cos", "sigmoid": "tl.sigmoid", "erf": "tl.erf", "floor": "tl.floor", "ceil": "tl.ceil",
-    "abs": "tl.abs", "where": "tl.where", "round": "mods.round_even", "pow": "mods.power",
+    "abs": "tl.abs", "where": "tl.where", "round": "round_even", "pow": "power",
 }  # fmt: skip
 DEVICE = {
     "tanh", "sign", "floordiv", "remainder", "fmod", "divided_by", "isnan", "isinf", "log1p", "expm1", "log10", "tan",
@@ -133,10 +133,7 @@ class Printer:
             return f"{function}({_typed(node.args[0], args[0])}, {args[1]})"
         if node.op == "truncdiv":
             return f"{args[0]} // {args[1]}"
-        if node.op in DEVICE or _CALLS.get(node.op, "").startswith("mods."):
-            function = _CALLS.get(node.op, f"mods.{node.op}")
-        else:
-            function = _CALLS[node.op]
+        function = node.op if node.op in DEVICE else _CALLS[node.op]
         if node.op == "where":
             return f"tl.where({_typed(node.args[0], args[0])}, {args[1]}, {args[2]})"
         return f"{function}({', '.join([_typed(node.args[0], args[0]), *args[1:]])})"

@@ -25,6 +25,7 @@ from packflex.attention.triton.launch import (
 )
 from packflex.attention.triton.tiles import KernelTiles, Tile, default_tiles, edge_rows, heads_per_tile
 from packflex.mods import source
+from packflex.mods.errors import short_name
 from packflex.mods.nodes import Program
 from packflex.mods.printer import arguments
 
@@ -114,15 +115,11 @@ class Call:
 
 
 @lru_cache(maxsize=256)
-def _text(name: str, request: templates.Request) -> ModuleType:
+def kernel_module(name: str, request: templates.Request) -> ModuleType:
+    """The module of a printed kernel: "mod_forward", "mod_dkdv" or "mod_dq"."""
     kernels = {"mod_forward": templates.forward_text, "mod_dq": templates.dq_text, "mod_dkdv": templates.dkdv_text}
-    named = " and ".join(p.name.rsplit("/", 1)[-1] for p in (request.mask, request.score) if p is not None)
+    named = " and ".join(short_name(p.name) for p in (request.mask, request.score) if p is not None)
     return source.load(templates.header(f"{name} of {named}") + "\n" + kernels[name](request))
-
-
-def kernel_file(name: str, request: templates.Request) -> str:
-    """The path of a printed kernel."""
-    return str(_text(name, request).__file__)
 
 
 def _heads(call: Call, tile: Tile, blocks: Blocks, gradients: bool) -> int:
@@ -201,7 +198,7 @@ def _run(call: Call, name: str, blocks: Blocks, gradients: bool, fixed: list[Any
             heads > 1,
             gradients,
         )
-        kernel = getattr(_text(kernel_name, request), kernel_name)
+        kernel = getattr(kernel_module(kernel_name, request), kernel_name)
         constants = call.constants(fitted, heads, blocks) | extra(fitted, heads)
         if known is None and last < len(tiles) and _spills(kernel, fixed, grid(fitted, heads), constants):
             continue

@@ -100,7 +100,7 @@ def _indent(lines: list[str], by: int) -> str:
 
 
 def _written(statements: list[Statement]) -> list[str]:
-    return [line.replace("mods.", "") for line in map(str, statements)]
+    return list(map(str, statements))
 
 
 def _within(allowed: str) -> Callable[[Node], bool]:

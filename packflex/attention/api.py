@@ -220,11 +220,6 @@ def _choose_backend(
     if backend == "hopper" and not intervals_only:
         what = "a score_mod" if score_mod is not None else "a mask_mod (it takes masks of document_mask)"
         raise NotImplementedError(f'backend="hopper" does not run {what} yet; use backend="triton"')
-    if backend == "triton" and not intervals_only and torch.compiler.is_compiling():
-        raise NotImplementedError(
-            'backend="triton" does not run a score_mod or a mask_mod inside torch.compile yet; leave backend=None '
-            "there, which takes torch's own flex_attention"
-        )
     if backend == "hopper" and (why := support.refusal(query, key, value, scale)):
         raise NotImplementedError(f'backend="hopper" cannot run this: {why}; use backend="triton" or "reference"')
     if backend is not None:
@@ -232,8 +227,7 @@ def _choose_backend(
     if query.device.type != "cuda" or query.dtype == torch.float64:
         return "reference"
     if not intervals_only:
-        # torch.compile traces a model's functions with tools of its own, which torch's op knows and ours does not
-        return "torch" if torch.compiler.is_compiling() else "triton"
+        return "triton"
     # kernel_options without a backend have always meant the portable kernels' tiles
     return "triton" if kernel_options or support.refusal(query, key, value, scale) else "hopper"
 

@@ -31,6 +31,9 @@ def unwrapped(mod: Callable[..., Any]) -> Any:
 
 def name_of(mod: Callable[..., Any]) -> str:
     """The mod's name and where it is defined, as in `alibi (model.py:12)`."""
+    given = getattr(mod, "packflex_name", None)
+    if given is not None:  # a function that stands for the user's
+        return str(given)
     function = unwrapped(mod)
     name = getattr(function, "__qualname__", None) or repr(mod)
     name = name.rsplit(".<locals>.", 1)[-1]

@@ -16,6 +16,7 @@ import operator
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,13 +66,14 @@ class Traced:
     tape: list[TapeEntry] = field(default_factory=list)
 
 
-def trace(mod: Callable[..., Any], kind: str, device: torch.device) -> Traced:
+def trace(mod: Callable[..., Any], kind: str, device: torch.device, hold_numbers: bool = True) -> Traced:
     """Trace `mod`.
 
     Args:
         mod: `score_mod(score, b, h, q_idx, kv_idx)` or `mask_mod(b, h, q_idx, kv_idx)`.
         kind: "score" or "mask".
         device: where the kernel runs and the captured tensors must be (0-d tensors may be on the CPU).
+        hold_numbers: whether 0-d tensors on the host become numbers of the launch; they are read as others are if not.
 
     Raises:
         ModError: a mod that cannot become a kernel; names the function, its line, the operation and the remedy.
@@ -79,7 +81,7 @@ def trace(mod: Callable[..., Any], kind: str, device: torch.device) -> Traced:
     _check_signature(mod, kind)
     recorder = _Recorder(mod)
     graph = _record(mod, kind, device, recorder)
-    first = _FirstGraph(graph, mod, kind, device)
+    first = _FirstGraph(graph, mod, kind, device, hold_numbers)
     program, held = _second_pass(first, mod, kind)
     return Traced(program, first.captures, held, recorder.tape)
 
@@ -190,8 +192,23 @@ def _noting(line: str) -> Iterator[None]:
                 fx_traceback.current_meta["stack_trace"] = before
 
 
+_given_line = [""]
+
+
+@contextmanager
+def at_line(line: str) -> Iterator[None]:
+    """Say which line of the user's the operations come from, where no frame of the stack does."""
+    before, _given_line[0] = _given_line[0], line
+    try:
+        yield
+    finally:
+        _given_line[0] = before
+
+
 def _user_line() -> str:
     """`file:line` of the innermost frame that is neither torch's nor the tracer's."""
+    if _given_line[0]:
+        return _given_line[0]
     frame: Any = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -221,7 +238,9 @@ def _record(mod: Callable[..., Any], kind: str, device: torch.device, recorder: 
 
     before, _grad_wanted[0] = _grad_wanted[0], torch.is_grad_enabled()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # torch's own look at a view or a result of captured tensors that require a gradient
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             return make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*score, *indices)
     except ModError:
         raise
@@ -274,8 +293,10 @@ class _Read:
 class _FirstGraph:
     """The recorded graph with its captured tensors and reads found and every operation checked."""
 
-    def __init__(self, traced: Any, mod: Callable[..., Any], kind: str, device: torch.device) -> None:
-        self.mod, self.kind, self.device = mod, kind, device
+    def __init__(
+        self, traced: Any, mod: Callable[..., Any], kind: str, device: torch.device, hold_numbers: bool
+    ) -> None:
+        self.mod, self.kind, self.device, self.hold_numbers = mod, kind, device, hold_numbers
         self.captures: list[Tensor] = []
         self.slots: dict[int, int] = {}
         self.reads: list[tuple[Any, _Read]] = []  # (the node of the read, what it reads)
@@ -306,7 +327,7 @@ class _FirstGraph:
             raise self._fail(
                 _user(node), f"a captured tensor of {tensor.dtype}; kernels take bool, integers and floats"
             )
-        if tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad:
+        if self.hold_numbers and tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad:
             self.fixed[node] = tensor
             return
         if not (is_on(tensor.device, self.device) or (tensor.dim() == 0 and tensor.device.type == "cpu")):
@@ -388,7 +409,8 @@ def _attribute(module: Any, path: str) -> Any:
 
 
 def _line_of(node: Any) -> str:
-    return node.meta.get("stack_trace") or ""
+    line = node.meta.get("stack_trace") or ""
+    return line if "\n" not in line else ""  # a whole stack is that of a trace around this one
 
 
 def _user(node: Any) -> Any:

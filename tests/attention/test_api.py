@@ -58,8 +58,8 @@ def test_a_named_backend_is_used_or_raises():
         ValueError, "'triton', 'torch', 'reference' or None; got 'flash'", q, k, v, backend="flash", enable_gqa=True
     )
     lists = create_block_mask(causal, None, None, 32, 32, device="cpu")
-    refused(NotImplementedError, "mask_mod", q, k, v, backend="triton", block_mask=lists, enable_gqa=True)
-    refused(NotImplementedError, "score_mod", q, k, v, score_mod=lambda s, *i: s, backend="triton", enable_gqa=True)
+    refused(NotImplementedError, "mask_mod", q, k, v, backend="hopper", block_mask=lists, enable_gqa=True)
+    refused(NotImplementedError, "score_mod", q, k, v, score_mod=lambda s, *i: s, backend="hopper", enable_gqa=True)
     big = inputs(dim=264)
     refused(NotImplementedError, "up to 256; D is 264", *big, backend="triton", enable_gqa=True)
     refused(NotImplementedError, "float64", *inputs(dtype=torch.float64), backend="triton", enable_gqa=True)

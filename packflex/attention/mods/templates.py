@@ -437,7 +437,7 @@ def _derivative(kernel: _Kernel, roots: list[Node], masked: bool, bounded: bool)
     text = kernel.score.text(program.grad_score)
     full = {"score", "grad"} & program.grad_score.deps
     lines.append(f"b_ds = {text}" if full else f"b_ds = tl.zeros_like(score) + {text}")
-    if bounded:
+    if bounded and program.grad_score.op != "input":  # a derivative may be infinite where the weight is 0
         lines.append("b_ds = tl.where(m_s, b_ds, 0.0)")
     return lines
 
@@ -556,7 +556,7 @@ def dkdv_text(request: Request) -> str:
         text += walk.lstrip("\n")
     text += _indent([f"b_sum{n} = tl.zeros([BLOCK_N], tl.float32)" for n, _ in sums], 8) + "\n"
     text += (
-        _indent(["h = i_head"], 8)
+        _indent([] if request.packed else ["h = i_head"], 8)
         + "\n"
         + _indent(_hoisted(kernel, roots, "b kv" if request.packed else "b h kv"), 8)
         + "\n"
@@ -599,21 +599,20 @@ def _column_body(
     end = "q_len" if lists else "end_query"
     stat = ", mask=m_q, other=float('-inf')" if bounded else ""
     delta = ", mask=m_q, other=0.0" if bounded else ""
+    # within the KV group; with one head a tile its offset is one number, which leaves registers free
+    head, position = (f"i_group * HEADS + {rows} % HEADS", f"{rows} // HEADS") if request.packed else ("i_group", rows)
     body = [
-        f"o_head = i_group * HEADS + {rows} % HEADS  # within the KV group",
-        f"o_q = block_query + {rows} // HEADS",
+        f"o_head = {head}",
+        f"o_q = block_query + {position}",
         f"m_q = o_q < {end}",
         f"b_lse = tl.load(p_lse + o_head * q_len + o_q{stat})",
-        'm_q = m_q & (b_lse > float("-inf"))' if bounded else "",
+        'm_q = m_q & (b_lse > float("-inf"))' if bounded and lists else "",
         'b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2_E',
-        f"b_q = load_tile(p_q + block_query.to(tl.int64) * stride_qs + (o_head * stride_qh + ({rows} // HEADS) * "
+        f"b_q = load_tile(p_q + block_query.to(tl.int64) * stride_qs + (o_head * stride_qh + ({position}) * "
         f"stride_qs)[:, None] + o_d[None, :], m_q, o_d < HEAD_DIM, {bounded}, HEAD_DIM != BLOCK_D)",
         "score = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale  # [BLOCK_N, rows]",
         "q = tl.minimum(o_q, q_len - 1)[None, :]" if bounded else "q = o_q[None, :]",
-        "if HEADS > 1:",
-        "    h = (i_head + o_head - i_group * HEADS)[None, :]",
-        "else:",
-        "    h = i_head",
+        "h = (i_head + o_head - i_group * HEADS)[None, :]" if request.packed else "",
     ]
     body = [line for line in body if line]
     if masked and kernel.mask is not None:
@@ -626,7 +625,7 @@ def _column_body(
     body += _modified(kernel, roots, masked)
     body += _weights("b_lse[None, :]", bounded)
     body += [
-        f"b_do = load_tile(p_do + block_query.to(tl.int64) * stride_gs + (o_head * stride_gh + ({rows} // HEADS) * "
+        f"b_do = load_tile(p_do + block_query.to(tl.int64) * stride_gs + (o_head * stride_gh + ({position}) * "
         f"stride_gs)[:, None] + o_dv[None, :], m_q, o_dv < V_DIM, {bounded}, V_DIM != BLOCK_DV)",
         "b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)",
         f"b_delta = tl.load(p_delta + o_head * q_len + o_q{delta})",

@@ -70,7 +70,6 @@ def launch_tile_lists(
     batch, heads, q_len, kv_len = shape
     tiles_q, tiles_kv = triton.cdiv(q_len, tile[0]), triton.cdiv(kv_len, tile[1])
     state = torch.empty((batch, heads, tiles_q, tiles_kv), dtype=torch.int8, device=device)
-    block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in tile)
     captures = [x.to(device) for x in lifted.captures]
     kernel = tile_kernel_module(lifted.key).mask_tiles
     rows_at_once = 65535  # of a grid's second axis
@@ -79,10 +78,16 @@ def launch_tile_lists(
         kernel[grid](
             state, first_row, q_len, kv_len, tiles_q, tiles_kv, heads, tile[0], tile[1],
             *arguments(lifted.program, captures, lifted.numbers),
-            BLOCK_M=block_m, BLOCK_N=block_n, PART_M=max(1, min(block_m, _MOST_ELEMENTS // block_n)), CHUNK=_CHUNK,
-            num_warps=4,
+            **tile_constants(tile), num_warps=4,
         )  # fmt: skip
     return _lists(state, tiles_kv, 1), _lists(state, 1, tiles_kv)
+
+
+def tile_constants(tile: tuple[int, int]) -> dict[str, int]:
+    """The constants of `mask_tiles` for a mask's tile."""
+    block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in tile)
+    part_m = max(1, min(block_m, _MOST_ELEMENTS // block_n))
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "PART_M": part_m, "CHUNK": _CHUNK}
 
 
 def _lists(state: Tensor, row_stride: int, column_stride: int) -> BlockLists:

@@ -73,6 +73,18 @@ def compile_mod_kernels(
     return reports
 
 
+def compile_mask_tiles(
+    capability: int, mask_mod: Callable[..., Any], block_size: tuple[int, int] = (128, 128)
+) -> Compiled:
+    """Compile the printed kernel that classifies the tiles of a `mask_mod`; arguments as above."""
+    from packflex.masks.tile_kernel import tile_constants, tile_kernel_module
+
+    lifted = lift(mask_mod, "mask", torch.device("cpu"))
+    kernel = tile_kernel_module(lifted.key).mask_tiles
+    types = _types("m", lifted.program, False) | {"STATE": "*i8"}
+    return compile_for(kernel, capability, torch.float32, tile_constants(block_size), 4, 1, types)
+
+
 def _compile(
     name: str, request: templates.Request, capability: int, dtype: torch.dtype, head_dim: int, group: int, heads: int,
     tile: Tile, softcap: bool, block_size: tuple[int, int], deterministic: bool,

@@ -33,7 +33,7 @@ from packflex.mods.printer import arguments
 
 # Between the tables' tiles for long spans and those for short ones, on Hopper: as many keys, fewer queries at a time
 _LEAN_DKDV, _LEAN_DQ = Tile(32, 128, 8, 2), Tile(128, 32, 8, 3)
-_LEAN_AMPERE = KernelTiles(Tile(64, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 64, 8, 2))
+_LEAN_AMPERE = KernelTiles(Tile(64, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2))
 # Registers a thread may spill in a tile that is taken all the same
 _FEW_SPILLS = 8
 # Bits that a 64-bit sum of a deterministic backward has for one contribution and all that are added to it

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from packflex.masks.recognise import recognised_intervals
+from packflex.masks.recognise import interval_formula
 from packflex.mods.lifted import Lifted, lift
 from packflex.mods.nodes import CapturedGradient, Node, ordered
 
@@ -126,14 +126,8 @@ def _reduction(gradient: CapturedGradient) -> str:
 
 def _is_interval(masked: Lifted) -> bool:
     """Whether `create_block_mask` would make intervals, for lengths that suit what the mask captures."""
-    for ids in masked.captures:
-        origin = getattr(ids, "packflex_documents", None)
-        if origin is not None:
-            shape = (ids.shape[0], 1, origin.seq_len, origin.seq_len)
-            return recognised_intervals(masked, shape, ids.device) is not None
-    rows = max([1, *(len(x) for x in masked.captures if x.dim())])
-    device = masked.captures[0].device if masked.captures else torch.device("cpu")
-    return recognised_intervals(masked, (rows, 1, 128, 128), device) is not None
+    documents = [slot for slot, ids in enumerate(masked.captures) if hasattr(ids, "packflex_documents")]
+    return interval_formula(masked.key, tuple(masked.numbers), tuple(documents)) is not None
 
 
 def _how_masked(lists: bool) -> str:

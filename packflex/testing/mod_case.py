@@ -218,7 +218,11 @@ class Inputs:
         batch, heads, q_len, kv_len = case.shape
         leaves = {
             name: normal(batch, length, count, case.head_dim).transpose(1, 2)
-            for name, length, count in (("dq", q_len, heads), ("dk", kv_len, case.kv_heads), ("dv", kv_len, case.kv_heads))
+            for name, length, count in (
+                ("dq", q_len, heads),
+                ("dk", kv_len, case.kv_heads),
+                ("dv", kv_len, case.kv_heads),
+            )
         }
         grad_out = normal(batch, heads, q_len, case.head_dim)
         grad_lse = normal(batch, heads, q_len, of=torch.float32)

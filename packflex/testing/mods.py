@@ -53,7 +53,10 @@ def _alibi(m):
 def _alibi_learned(m):
     slopes = m.floats(m.heads, size=0.3)
     return Mods(
-        score_mods.alibi(slopes), None, {"slopes": slopes}, formula=lambda s, b, h, q, kv: s - slopes[h] * (q - kv).abs()
+        score_mods.alibi(slopes),
+        None,
+        {"slopes": slopes},
+        formula=lambda s, b, h, q, kv: s - slopes[h] * (q - kv).abs(),
     )
 
 
@@ -93,14 +96,19 @@ def _softcap(m):
 @_case("softcap-learned")
 def _softcap_learned(m):
     cap = m.floats(grad=False).abs().add(0.5).requires_grad_()
-    return Mods(score_mods.softcap(cap), captured={"cap": cap}, formula=lambda s, b, h, q, kv: cap * torch.tanh(s / cap))
+    return Mods(
+        score_mods.softcap(cap), captured={"cap": cap}, formula=lambda s, b, h, q, kv: cap * torch.tanh(s / cap)
+    )
 
 
 @_case("head-gate", heads=4, kv_heads=2)
 def _head_gate(m):
     gate = m.floats(m.heads)
     return Mods(
-        score_mods.head_gate(gate), masks.causal, {"gate": gate}, formula=lambda s, b, h, q, kv: s / (1 + (-gate[h]).exp())
+        score_mods.head_gate(gate),
+        masks.causal,
+        {"gate": gate},
+        formula=lambda s, b, h, q, kv: s / (1 + (-gate[h]).exp()),
     )
 
 
@@ -131,13 +139,17 @@ def _bias_k(m):
 @_case("bias-qk")
 def _bias_qk(m):
     table = m.floats(m.q_len, m.kv_len)
-    return Mods(score_mods.absolute_bias(table), masks.causal, {"table": table}, formula=lambda s, b, h, q, kv: s + table[q, kv])
+    return Mods(
+        score_mods.absolute_bias(table), masks.causal, {"table": table}, formula=lambda s, b, h, q, kv: s + table[q, kv]
+    )
 
 
 @_case("bias-hqk", rows=((3, 20), (30,)), q_len=37, kv_len=63)
 def _bias_hqk(m):
     table = m.floats(m.heads, m.q_len, m.kv_len)
-    return Mods(score_mods.absolute_bias(table), None, {"table": table}, formula=lambda s, b, h, q, kv: s + table[h, q, kv])
+    return Mods(
+        score_mods.absolute_bias(table), None, {"table": table}, formula=lambda s, b, h, q, kv: s + table[h, q, kv]
+    )
 
 
 @_case("composed", heads=4)
@@ -206,7 +218,9 @@ def _one_tensor_thrice(m):
 @_case("index-through-index")
 def _index_through_index(m):
     ids, kinds, table = m.layout.document_ids, m.integers(0, 4, 6, m.kv_len), m.floats(6, 4)
-    return Mods(lambda score, b, h, q, kv: score + table[ids[b, q] + 1, kinds[ids[b, q] + 1, kv]], None, {"table": table})
+    return Mods(
+        lambda score, b, h, q, kv: score + table[ids[b, q] + 1, kinds[ids[b, q] + 1, kv]], None, {"table": table}
+    )
 
 
 @_case("index-arithmetic", heads=4)
@@ -275,7 +289,10 @@ for _dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
 
 @_case("small-integers-wrap")
 def _small_integers_wrap(m):
-    signed, unsigned = m.integers(-128, 128, m.kv_len, dtype=torch.int8), m.integers(0, 256, m.kv_len, dtype=torch.uint8)
+    signed, unsigned = (
+        m.integers(-128, 128, m.kv_len, dtype=torch.int8),
+        m.integers(0, 256, m.kv_len, dtype=torch.uint8),
+    )
 
     def mod(score, b, h, q, kv):
         return score + 0.01 * (signed[kv] * 3) - 0.01 * (unsigned[kv] - 40) + 0.01 * (signed[kv] + signed[q])
@@ -315,7 +332,9 @@ def _float64_scalars(m):
 @_case("python-scalars")
 def _python_scalars(m):
     flag, slope, shift = True, 0.125, 7
-    return Mods(lambda score, b, h, q, kv: (score * 2 if flag else score) - slope * (q - kv + shift).abs() + (kv == shift) * 1.5)
+    return Mods(
+        lambda score, b, h, q, kv: (score * 2 if flag else score) - slope * (q - kv + shift).abs() + (kv == shift) * 1.5
+    )
 
 
 @_case("tensor-scalars")
@@ -337,7 +356,9 @@ def _casts(m):
     def mod(score, b, h, q, kv):
         steps = ((q - kv).double() / 4).to(torch.int32)
         near = (q // 8).bool()
-        return score.to(torch.float64) + table[kv].float() * steps.float() * 0.2 + near.int() * kv.to(torch.float32) / 50
+        return (
+            score.to(torch.float64) + table[kv].float() * steps.float() * 0.2 + near.int() * kv.to(torch.float32) / 50
+        )
 
     return Mods(mod, masks.causal, {"table": table})
 
@@ -349,7 +370,9 @@ def _casts(m):
 def _where_both_branches(m):
     near, far = m.floats(m.heads), m.floats(m.kv_len)
     return Mods(
-        lambda score, b, h, q, kv: torch.where(q >= kv + 3, score * near[h], score + far[kv]), None, {"near": near, "far": far}
+        lambda score, b, h, q, kv: torch.where(q >= kv + 3, score * near[h], score + far[kv]),
+        None,
+        {"near": near, "far": far},
     )
 
 
@@ -386,14 +409,18 @@ def _function(name: str, **shape: Any) -> Callable[[Any], Any]:
 
 @_function("exp-log")
 def _exp_log(score, t):
-    return torch.log(1 + torch.exp(0.5 * score)) + torch.exp2(0.3 * t) - torch.log2(3 + t * t) + torch.log10(2 + score**2)
+    return (
+        torch.log(1 + torch.exp(0.5 * score)) + torch.exp2(0.3 * t) - torch.log2(3 + t * t) + torch.log10(2 + score**2)
+    )
 
 
 @_function("roots-and-powers")
 def _roots_and_powers(score, t):
     positive = score * score + 0.5
     powers = positive**1.7 * 0.1 + positive**-0.5 + score**3 * 0.05 + t**2 - 1 / (t**4 + 1) + positive ** (0.2 * t)
-    return powers + torch.sqrt(positive) - torch.rsqrt(t.abs() + 1) + torch.square(t) - torch.reciprocal(positive) + 2.0**t
+    return (
+        powers + torch.sqrt(positive) - torch.rsqrt(t.abs() + 1) + torch.square(t) - torch.reciprocal(positive) + 2.0**t
+    )
 
 
 @_function("trigonometric")
@@ -404,7 +431,13 @@ def _trigonometric(score, t):
 @_function("arcs")
 def _arcs(score, t):
     inner = 0.9 * torch.tanh(score)
-    return torch.asin(inner) - torch.acos(0.8 * torch.sin(t)) + torch.atanh(inner) + torch.asinh(t) + torch.acosh(1.5 + t * t)
+    return (
+        torch.asin(inner)
+        - torch.acos(0.8 * torch.sin(t))
+        + torch.atanh(inner)
+        + torch.asinh(t)
+        + torch.acosh(1.5 + t * t)
+    )
 
 
 @_function("hyperbolic")
@@ -430,7 +463,13 @@ def _activations(score, t):
 
 @_function("signs-and-magnitudes")
 def _signs_and_magnitudes(score, t):
-    return torch.abs(score) + torch.sign(t) * score - torch.neg(t) + torch.copysign(t, score) + 0.5 * torch.lerp(score, t, 0.3)
+    return (
+        torch.abs(score)
+        + torch.sign(t) * score
+        - torch.neg(t)
+        + torch.copysign(t, score)
+        + 0.5 * torch.lerp(score, t, 0.3)
+    )
 
 
 @_case("rounding")
@@ -463,7 +502,9 @@ def _integer_division_64(m):
     offsets = m.integers(-(2**40), 2**40, m.kv_len)
 
     def mod(score, b, h, q, kv):
-        return score + 0.3 * (offsets[kv] % 5) - 0.2 * (offsets[kv] // 2**38) + 0.1 * torch.remainder(q - offsets[kv], 7)
+        return (
+            score + 0.3 * (offsets[kv] % 5) - 0.2 * (offsets[kv] // 2**38) + 0.1 * torch.remainder(q - offsets[kv], 7)
+        )
 
     return Mods(mod)
 
@@ -771,5 +812,12 @@ _mask("mask-prefix", _prefix, learned=True, per_row=True, heads=3, kv_heads=3)
 _mask("mask-lengths", _lengths, per_row=True)
 _mask("mask-random", _random, learned=True, per_row=True, rows=((3, 20), (30,)), q_len=37, kv_len=77)
 _mask("mask-random-heads", _random_heads, per_head=True, block_size=16, q_len=77, kv_len=63, heads=4)
-_mask("length-one", lambda m: lambda b, h, q, kv: (q == kv) & (kv % 2 == 0), learned=False, q_len=1, kv_len=63, rows=((), ()))
+_mask(
+    "length-one",
+    lambda m: lambda b, h, q, kv: (q == kv) & (kv % 2 == 0),
+    learned=False,
+    q_len=1,
+    kv_len=63,
+    rows=((), ()),
+)
 _mask("decode", lambda m: lambda b, h, q, kv: kv % 3 != 1, learned=True, q_len=1, kv_len=111, rows=((), (1,)))

@@ -36,3 +36,11 @@ def assert_lse_close(actual: Tensor, oracle: Tensor, dtype: torch.dtype) -> None
     seeing = oracle > -torch.inf
     error = (actual - oracle)[seeing].abs().max().item() if seeing.any() else 0.0
     assert error <= LSE_ABSOLUTE[dtype], f"lse: error {error:.2e} above {LSE_ABSOLUTE[dtype]:.0e} of {dtype}"
+
+
+def captured_tolerance(dtype: torch.dtype, captured: torch.dtype) -> float:
+    """Relative tolerance of the gradient to a captured tensor of dtype `captured` with q, k and v of `dtype`.
+
+    Such a gradient is a sum over the score matrix whose terms cancel more than those of dQ do, then rounded once.
+    """
+    return 2 * RELATIVE[dtype] + torch.finfo(captured).eps

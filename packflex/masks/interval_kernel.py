@@ -18,7 +18,7 @@ from packflex.masks.recognise import Bound, DocumentBound, Formula, Joined
 from packflex.mods import source
 from packflex.mods.errors import short_name
 from packflex.mods.lifted import PROGRAMS, Lifted
-from packflex.mods.printer import DEVICE, Printer, arguments
+from packflex.mods.printer import Printer, arguments, device_imports
 
 _BLOCK = 128
 _HEADER = '''"""Printed by packflex: the interval of keys that each query sees under {what}."""
@@ -27,10 +27,7 @@ import triton
 import triton.language as tl
 
 from packflex.masks.interval_kernel import document_bounds
-from packflex.mods.device import (
 {imports}
-)
-
 '''
 
 
@@ -161,9 +158,6 @@ def interval_kernel_text(key: str, formula: Formula, documents: tuple[int, ...])
         "tl.store(p_out, lo.to(tl.int32), mask=q < q_len)",
         "tl.store(p_out + plane, hi.to(tl.int32), mask=q < q_len)",
     ]
-    header = _HEADER.format(
-        what=short_name(program.name),
-        imports="\n".join(f"    {name}," for name in sorted({*DEVICE, "round_even", "power"})),
-    )
     body = "\n".join(f"    {line}" for line in lines)
+    header = _HEADER.format(what=short_name(program.name), imports=device_imports(body))
     return f"{header}\n@triton.jit(do_not_specialize={loose!r})\ndef mask_intervals(\n    {parameters},\n):\n{body}\n"

@@ -18,7 +18,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": torch.abs, "max": torch.maximum, "min": torch.minimum, "where": torch.where, "sign": torch.sign,
     "floordiv": torch.floor_divide, "remainder": torch.remainder, "fmod": torch.fmod, "pow": torch.pow, "round": torch.round,
     "truncdiv": lambda x, y: torch.div(x, y, rounding_mode="trunc"), "divided_by": lambda x, d, *_: torch.floor_divide(x, d),
-    "not": lambda x: torch.logical_not(x) if x.dtype == torch.bool else torch.bitwise_not(x),
+    "detach": torch.detach, "not": lambda x: torch.logical_not(x) if x.dtype == torch.bool else torch.bitwise_not(x),
 }  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def evaluate(
             values[id(node)] = inputs[node.value]
         elif node.op in ("constant", "scalar"):
             number = node.value if node.op == "constant" else numbers[node.value]
-            values[id(node)] = torch.tensor(number, dtype=kind, device=device)
+            values[id(node)] = torch.full((), number, dtype=kind, device=device)  # no copy from the host, which syncs
         elif node.op == "read":
             values[id(node)] = _read(node, captures[node.value], args, seen).to(kind)
         elif node.op == "cast":

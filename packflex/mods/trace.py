@@ -17,6 +17,7 @@ import operator
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,6 +116,10 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled and not args[0]:
+            raise ModError(
+                f"{_at(_user_line(), self.mod)}: a kernel has no torch.no_grad(); write .detach() on what gets no gradient"
+            )
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         traced = any(isinstance(tensor, FakeTensor) for tensor in tensors)
@@ -227,7 +232,9 @@ def _record(mod: Callable[..., Any], kind: str, device: torch.device, recorder: 
 
     before, _grad_wanted[0] = _grad_wanted[0], torch.is_grad_enabled()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # fake tensors are made with the .grad of captured ones, leaves or not
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
             return make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*score, *indices)
     except ModError:
         raise
@@ -475,7 +482,8 @@ def _second_pass(first: _FirstGraph, mod: Callable[..., Any], kind: str) -> tupl
 
 def _call(target: Any, args: Any, kwargs: Any) -> Any:
     if target in (aten.detach.default, aten.detach_.default):
-        return args[0].detach()
+        # an operation of its own: autograd's rules are full of plain detach, which means nothing here
+        return aten.detach_copy.default(args[0].detach())
     name = _op_name(target)
     if name in IDENTITIES and not kwargs.get("dtype"):
         return args[0]

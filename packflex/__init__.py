@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from packflex import masks, packing, score_mods
-    from packflex.attention import flex_attention
+    from packflex.attention import explain, flex_attention
     from packflex.data.pack import pack_dataset
     from packflex.layout import PackedLayout
     from packflex.masks import BlockMask, create_block_mask, document_mask
@@ -20,6 +20,7 @@ __all__ = [
     "__version__",
     "create_block_mask",
     "document_mask",
+    "explain",
     "flex_attention",
     "masks",
     "pack_dataset",
@@ -35,6 +36,7 @@ _HOME = {
     "PackedLayout": "packflex.layout",
     "create_block_mask": "packflex.masks",
     "document_mask": "packflex.masks",
+    "explain": "packflex.attention",
     "flex_attention": "packflex.attention",
     "pack_dataset": "packflex.data.pack",
 }

@@ -14,6 +14,8 @@ First call: seconds of the first forward and backward, tracing and compilation i
 folder of TRITON_CACHE_DIR is empty; without that variable a temporary one is used. The first row of each peer pays
 for what its compiler loads as well.
 
+Start: the same first call in two processes, one after the other over one cold cache: what a second process still pays.
+
 Masks: `create_block_mask` of both (torch's compiled), in both directions, from call to end and in
 kernels alone, with the peak of memory above what was in use; the visited tiles must be the same.
 """
@@ -25,6 +27,7 @@ import gc
 import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -78,6 +81,17 @@ class MaskResult:
     build_ms: float = NAN
     kernels_ms: float = NAN
     peak_mib: float = NAN
+    first_call_s: float = NAN
+    note: str = ""
+
+
+@dataclass
+class StartResult:
+    """One process: seconds of tracing the mod, and of the first forward and backward, tracing included."""
+
+    case: str
+    process: str
+    trace_s: float = NAN
     first_call_s: float = NAN
     note: str = ""
 
@@ -234,6 +248,44 @@ def measure_mask(name: str, peer: str, case: Case, options: argparse.Namespace, 
     return result
 
 
+def first_call(name: str, options: argparse.Namespace) -> tuple[float, float]:
+    """Seconds of one trace of the mod alone, and of its first forward and backward, in this process."""
+    from packflex.mods.lifted import lift
+
+    case, device = attention_cases(options)[name](), torch.device(options.device)
+    shape = (case.mask_batch, None, options.seq_len, options.seq_len)
+    mask = create_block_mask(case.mask_mod, *shape, device=device)
+    x = torch.randn(options.batch, options.heads, options.seq_len, options.head_dim, device=device, dtype=options.dtype)
+    x.requires_grad_()
+    start = time.perf_counter()
+    if case.score_mod is not None:
+        lift(case.score_mod, "score", x.device)
+    traced = time.perf_counter()
+    out = flex_attention(x, x, x, score_mod=case.score_mod, block_mask=mask, backend=options.start_backend)
+    torch.autograd.grad(out.sum(), (x, *case.learned))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return traced - start, time.perf_counter() - start
+
+
+def measure_start(name: str, options: argparse.Namespace) -> list[StartResult]:
+    """The first call in two processes over one cache, which starts empty."""
+    results = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        environment = os.environ | {"TRITON_CACHE_DIR": folder}
+        arguments = ["--child", name, "--device", options.device, "--seq-len", str(options.seq_len)]
+        for process in ("first", "second"):
+            done = subprocess.run(
+                [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                results.append(StartResult(name, process, note=done.stderr.strip().splitlines()[-1][:160]))
+                continue
+            numbers = map(float, done.stdout.strip().splitlines()[-1].split())
+            results.append(StartResult(name, process, *numbers))
+    return results
+
+
 def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:160]
@@ -291,6 +343,14 @@ def mask_table(results: list[MaskResult]) -> list[str]:
     return lines
 
 
+def start_table(results: list[StartResult]) -> list[str]:
+    """Markdown: one row for each mod and process."""
+    lines = ["| mod | process | trace s | first call s |", "|---|---|---|---|"]
+    for r in results:
+        lines.append(f"| {r.case} | {r.process} | {_number(r.trace_s)} | {_number(r.first_call_s, '.2f')} |")
+    return lines
+
+
 def _cold_caches() -> tuple[str, Any]:
     """Point Triton's and Inductor's caches at one folder; says whether it is cold, and keeps a temporary one alive."""
     temporary = None
@@ -305,7 +365,10 @@ def _cold_caches() -> tuple[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["attention", "masks"], default=["attention", "masks"])
+    parts_known = ["attention", "masks", "start"]
+    parser.add_argument("--parts", nargs="+", choices=parts_known, default=parts_known)
+    parser.add_argument("--start", nargs="+", default=["alibi", "relative_bias"], help="mods of the part of that name")
+    parser.add_argument("--child", default=None, help=argparse.SUPPRESS)  # one process of "start"
     parser.add_argument("--only", nargs="+", default=None, help="names of mods and masks; plain runs with any of them")
     parser.add_argument("--peers", nargs="+", choices=[*PEERS, "reference"], default=PEERS)
     parser.add_argument("--batch", type=int, default=4)
@@ -323,6 +386,10 @@ def main() -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here; --device cpu --seq-len 256 --mask-len 256 --peers reference torch tries it")
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    options.start_backend = "triton" if device.type == "cuda" else "reference"
+    if options.child is not None:
+        print(*first_call(options.child, options))
+        return 0
     parts = {
         "attention": attention_cases(options),
         "masks": {"causal": lambda: Case(masks.causal), **mask_cases(options, options.mask_len)},
@@ -338,12 +405,14 @@ def main() -> int:
         f"masks of {options.mask_len} x {options.mask_len}; {caches}"
     )
     print(title, flush=True)
-    record: dict[str, list[Any]] = {"attention": [], "masks": []}
+    record: dict[str, list[Any]] = {"attention": [], "masks": [], "start": []}
     measures: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "attention": (measure_attention, AttentionResult),
         "masks": (measure_mask, MaskResult),
     }
-    for part in options.parts:
+    if "start" in options.parts:
+        record["start"] = [result for name in options.start for result in measure_start(name, options)]
+    for part in (part for part in options.parts if part != "start"):
         measure, empty = measures[part]
         for name, build in parts[part].items():
             if options.only and name not in options.only and name != "plain":
@@ -364,11 +433,11 @@ def main() -> int:
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
     print(f"\n{title}\n")
-    for part, table in (("attention", attention_table), ("masks", mask_table)):
+    for part, table in (("attention", attention_table), ("masks", mask_table), ("start", start_table)):
         if record[part]:
             print("\n".join([*table(record[part]), ""]))
-    for result in (r for part in ("attention", "masks") for r in record[part] if r.note):
-        print(f"{result.case}, {result.peer}: {result.note}")
+    for result in (r for results in record.values() for r in results if r.note):
+        print(f"{result.case}, {getattr(result, 'peer', None) or result.process}: {result.note}")
     if temporary is not None:
         temporary.cleanup()
     return 0

@@ -31,6 +31,7 @@ def flex_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     deterministic: bool | None = None,
+    check_bounds: bool = False,
     backend: str | None = None,
 ) -> Any:
     """Attention under a block mask, torch's `flex_attention` with documents first: `softmax(mod(QK^T * scale)) V`.
@@ -58,6 +59,8 @@ def flex_attention(
             `torch.use_deterministic_algorithms`. All results have, except dQ of backend="hopper", whose sums over keys
             are made in any order: `True` runs the portable backward there. `True` refuses backend="torch" with a
             score_mod, whose gradients to captured tensors may differ.
+        check_bounds: first evaluate every read of captured tensors in `score_mod` and the `mask_mod`, and raise for
+            one past the end, which a kernel would read unnoticed; takes time with Q_LEN x KV_LEN, for debugging.
         backend: "hopper" (Gluon, sm_90), "triton", "torch" (its compiled flex_attention) or "reference" (eager, exact);
             the best for the device and case when None. A backend that is named is used or raises, never replaced.
 
@@ -70,6 +73,7 @@ def flex_attention(
         ValueError: shapes, mask lengths or head counts that disagree.
         TypeError: mixed or unsupported dtypes, a `block_mask` that is none.
         NotImplementedError: what the backend cannot do, with one that can.
+        packflex.mods.errors.ModError: a ValueError; a mod that cannot become a kernel, with its line and the remedy.
 
     FlexAttention: arXiv 2412.05496. The online softmax: Dao, arXiv 2307.08691.
     """
@@ -91,6 +95,8 @@ def flex_attention(
             'backend="triton"'
         )
 
+    if check_bounds:
+        _check_bounds(query, key, mask, score_mod, scale)
     cap = 0.0 if softcap is None else float(softcap)
     if backend == "torch":
         from packflex.attention.torch_flex import torch_flex_attention
@@ -214,11 +220,6 @@ def _choose_backend(
     if backend == "hopper" and not intervals_only:
         what = "a score_mod" if score_mod is not None else "a mask_mod (it takes masks of document_mask)"
         raise NotImplementedError(f'backend="hopper" does not run {what} yet; use backend="triton"')
-    if backend == "triton" and not intervals_only and torch.compiler.is_compiling():
-        raise NotImplementedError(
-            'backend="triton" does not run a score_mod or a mask_mod inside torch.compile yet; leave backend=None there, '
-            "which takes torch's own flex_attention"
-        )
     if backend == "hopper" and (why := support.refusal(query, key, value, scale)):
         raise NotImplementedError(f'backend="hopper" cannot run this: {why}; use backend="triton" or "reference"')
     if backend is not None:
@@ -226,10 +227,27 @@ def _choose_backend(
     if query.device.type != "cuda" or query.dtype == torch.float64:
         return "reference"
     if not intervals_only:
-        # torch.compile traces a model's functions with tools of its own, which torch's op knows and ours does not
-        return "torch" if torch.compiler.is_compiling() else "triton"
+        return "triton"
     # kernel_options without a backend have always meant the portable kernels' tiles
     return "triton" if kernel_options or support.refusal(query, key, value, scale) else "hopper"
+
+
+def _check_bounds(query: Tensor, key: Tensor, mask: BlockMask | None, score_mod: ScoreMod | None, scale: float) -> None:
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("check_bounds=True waits for values; use it outside torch.compile")
+    from packflex.mods.bounds import check_reads
+
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if mask is not None and _in_lists(mask):
+        check_reads(mask.mask_mod, "mask", shape, query.device)
+    if score_mod is None:
+        return
+    group = query.shape[1] // key.shape[1]
+
+    def scores(b: int, h: int, rows: slice) -> Tensor:
+        return query[b, h, rows].detach().float() @ key[b, h // group].detach().float().T * scale
+
+    check_reads(score_mod, "score", shape, query.device, None if mask is None else mask.mask_mod, scores)
 
 
 def _in_lists(mask: BlockMask | None) -> bool:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from packflex.attention.memory import new_bshd
 from packflex.masks.block_mask import MaskMod
-from packflex.mods.evaluate import evaluate
+from packflex.mods.bounds import out_of_bounds
+from packflex.mods.evaluate import OutOfBoundsError, evaluate
 from packflex.mods.lifted import lift
 from packflex.mods.nodes import INDICES
 from packflex.mods.vectorised import over_indices
@@ -199,12 +200,13 @@ def dense_attention(
     k_all, v_all = (x.to(dtype).repeat_interleave(groups, 1) for x in (k, v))
     scores = (q.to(dtype) @ k_all.transpose(-1, -2)) * scale
     indices = [torch.arange(n, device=q.device, dtype=torch.int32) for n in scores.shape]
+    seen = None if mask_mod is None else _over(mask_mod, "mask", dtype, None, indices)
     if score_mod is not None:
-        scores = _over(score_mod, "score", dtype, scores, indices).to(dtype).expand_as(scores)
+        scores = _over(score_mod, "score", dtype, scores, indices, seen).to(dtype).expand_as(scores)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask_mod is not None:
-        scores = scores.masked_fill(~_over(mask_mod, "mask", dtype, None, indices), -torch.inf)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
     top = scores.amax(-1, keepdim=True).detach()
     top = top.masked_fill(top == -torch.inf, 0)
     weights = (scores - top).exp()
@@ -219,7 +221,12 @@ def dense_attention(
 
 
 def _over(
-    mod: Callable[..., Tensor], kind: str, dtype: torch.dtype, scores: Tensor | None, indices: list[Tensor]
+    mod: Callable[..., Tensor],
+    kind: str,
+    dtype: torch.dtype,
+    scores: Tensor | None,
+    indices: list[Tensor],
+    seen: Tensor | None = None,
 ) -> Tensor:
     """A mod over whole index vectors, by its traced program; by `torch.vmap` where torch.compile does the tracing."""
     if torch.compiler.is_compiling():
@@ -229,4 +236,17 @@ def _over(
     inputs = {name: x.view(shape) for name, x, shape in zip(INDICES, indices, shapes, strict=True)}
     if scores is not None:
         inputs["score"] = scores
-    return evaluate([lifted.program.out], inputs, lifted.captures, lifted.numbers, dtype)[0]
+    everywhere = torch.ones((), dtype=torch.bool, device=indices[0].device)
+    arguments = (lifted.captures, lifted.numbers, dtype)
+    try:
+        if scores is None or seen is None:
+            return evaluate([lifted.program.out], inputs, *arguments, everywhere if seen is None else seen)[0]
+        with torch.no_grad():  # for its checks of what a kernel reads
+            evaluate([lifted.program.out], inputs, *arguments, seen)
+    except OutOfBoundsError as error:
+        raise out_of_bounds(error, lifted) from None
+    # visible elements alone: of others a mod may have no derivative, and 0 times NaN would reach what it captures
+    visible = seen.expand_as(scores).nonzero(as_tuple=True)
+    inputs = {name: x.to(torch.int32) for name, x in zip(INDICES, visible, strict=True)} | {"score": scores[visible]}
+    values = evaluate([lifted.program.out], inputs, *arguments)[0].to(dtype)
+    return torch.full_like(scores, -torch.inf).index_put(visible, values.expand(len(visible[0])))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -77,10 +76,10 @@ class BlockMask:
         self.mask_mod = mask_mod
         self.kv_intervals = kv_intervals
         self.q_intervals = q_intervals
-        self._given_kv_lists = kv_lists
+        self._known_kv_lists = kv_lists
         self.long_spans = long_spans
         self.ragged = ragged
-        self._given_q_lists = q_lists
+        self._known_q_lists = q_lists
         self._heads = heads
 
     # Constructors
@@ -178,8 +177,8 @@ class BlockMask:
         """(B, H, Q_LEN, KV_LEN); B and H are 1 where the mask is the same for all."""
         if self.kv_intervals is not None:
             return (self.kv_intervals.shape[1], self._heads, *self.seq_lengths)
-        assert self._given_kv_lists is not None
-        batch, heads, _ = self._given_kv_lists.num_blocks.shape
+        assert self._known_kv_lists is not None
+        batch, heads, _ = self._known_kv_lists.num_blocks.shape
         return (batch, heads, *self.seq_lengths)
 
     @property
@@ -189,7 +188,7 @@ class BlockMask:
 
     # Ranges and lists
 
-    @cached_property
+    @property
     def kv_ranges(self) -> Tensor:
         """int32 [B, 1, T_q, 4]: `first, first_full, last_full, last` tile of keys for each tile of queries.
 
@@ -199,14 +198,14 @@ class BlockMask:
             raise ValueError("kv_ranges exist for interval masks (document_mask); this mask holds index lists")
         return tile_ranges(self.kv_intervals, *self.BLOCK_SIZE)
 
-    @cached_property
+    @property
     def q_ranges(self) -> Tensor:
         """int32 [B, 1, T_kv, 4]: the same for each tile of keys, in tiles of queries. Interval form only."""
         if self.q_intervals is None:
             raise ValueError("q_ranges exist for interval masks (document_mask); this mask holds index lists")
         return tile_ranges(self.q_intervals, *reversed(self.BLOCK_SIZE))
 
-    @cached_property
+    @property
     def _tiles(self) -> tuple[Tensor, Tensor]:
         """bool [B, H, T_q, T_kv] twice: partly visible tiles, wholly visible tiles."""
         columns = -(-self.seq_lengths[1] // self.BLOCK_SIZE[1])
@@ -217,25 +216,26 @@ class BlockMask:
             partial = (tile >= first) & (tile < last) & ~full
             batch, _, *tiles = full.shape
             return partial.expand(batch, self._heads, *tiles), full.expand(batch, self._heads, *tiles)
-        assert self._given_kv_lists is not None
-        lists = self._given_kv_lists
+        assert self._known_kv_lists is not None
+        lists = self._known_kv_lists
         return (
             _listed(lists.num_blocks, lists.indices, columns),
             _listed(lists.full_num_blocks, lists.full_indices, columns),
         )
 
-    @cached_property
+    # kept without cached_property, which takes a lock before Python 3.12 that torch.compile cannot trace
+    @property
     def _kv_lists(self) -> BlockLists:
-        if self._given_kv_lists is not None:
-            return self._given_kv_lists
-        return lists_of_tiles(*self._tiles)
+        if self._known_kv_lists is None:
+            self._known_kv_lists = lists_of_tiles(*self._tiles)
+        return self._known_kv_lists
 
-    @cached_property
+    @property
     def _q_lists(self) -> BlockLists:
-        if self._given_q_lists is not None:
-            return self._given_q_lists
-        partial, full = self._tiles
-        return lists_of_tiles(partial.transpose(-1, -2), full.transpose(-1, -2))
+        if self._known_q_lists is None:
+            partial, full = self._tiles
+            self._known_q_lists = lists_of_tiles(partial.transpose(-1, -2), full.transpose(-1, -2))
+        return self._known_q_lists
 
     @property
     def kv_num_blocks(self) -> Tensor:

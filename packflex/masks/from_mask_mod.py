@@ -21,14 +21,16 @@ def create_block_mask(
     KV_LEN: int,
     device: torch.device | str = "cuda",
     BLOCK_SIZE: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
+    *,
+    check_bounds: bool = False,
 ) -> BlockMask:
     """Block mask of any `mask_mod(b, h, q_idx, kv_idx)`, torch's signature and meaning.
 
     `mask_mod` is traced once. Where its program shows that each query sees one interval of keys (causal, windows,
-    prefixes, the documents of a `PackedLayout`, and conjunctions of these), the mask is made of intervals in closed form.
-    Otherwise, on a GPU, one kernel classifies each tile as empty, partly or wholly visible: from bounds of the program
-    over the tile where they decide, else element by element. Memory grows with the number of tiles, never with
-    Q_LEN x KV_LEN, and nothing waits for the device.
+    prefixes, the documents of a `PackedLayout`, and conjunctions of these), the mask is made of intervals in closed
+    form. Otherwise, on a GPU, one kernel classifies each tile as empty, partly or wholly visible: from bounds of the
+    program over the tile where they decide, else element by element. Memory grows with the number of tiles, never
+    with Q_LEN x KV_LEN, and nothing waits for the device.
 
     Args:
         mask_mod: function of four int32 tensors that returns a bool tensor; pointwise, may read captured tensors.
@@ -38,6 +40,8 @@ def create_block_mask(
         KV_LEN: keys.
         device: where the mask lives, as the tensors that `mask_mod` reads must.
         BLOCK_SIZE: rows and columns of a tile.
+        check_bounds: first evaluate every read of captured tensors and raise for one past the end, which a kernel would
+            read unnoticed; takes time with Q_LEN x KV_LEN, for debugging.
 
     Raises:
         ValueError: sizes below 1, or a `mask_mod` that cannot become a kernel (`ModError`, with its line).
@@ -52,6 +56,10 @@ def create_block_mask(
     shape = (batch, heads, Q_LEN, KV_LEN)
     if torch.compiler.is_compiling():
         return _mask_of_lists(shape, tile, mask_mod, _tiles_by_rows(mask_mod, None, shape, tile, device))
+    if check_bounds:
+        from packflex.mods.bounds import check_reads
+
+        check_reads(mask_mod, "mask", shape, device)
     lifted = lift(mask_mod, "mask", device)
     found = recognised_intervals(lifted, shape, device)
     if found is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from packflex.masks.block_mask import BlockLists
 from packflex.mods import source
+from packflex.mods.errors import short_name
 from packflex.mods.lifted import PROGRAMS, Lifted
 from packflex.mods.nodes import Node, ordered
 from packflex.mods.printer import DEVICE, Printer, arguments
@@ -69,19 +70,24 @@ def launch_tile_lists(
     batch, heads, q_len, kv_len = shape
     tiles_q, tiles_kv = triton.cdiv(q_len, tile[0]), triton.cdiv(kv_len, tile[1])
     state = torch.empty((batch, heads, tiles_q, tiles_kv), dtype=torch.int8, device=device)
-    block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in tile)
     captures = [x.to(device) for x in lifted.captures]
-    kernel = _module(lifted.key).mask_tiles
+    kernel = tile_kernel_module(lifted.key).mask_tiles
     rows_at_once = 65535  # of a grid's second axis
     for first_row in range(0, tiles_q, rows_at_once):
         grid = (triton.cdiv(tiles_kv, _CHUNK), min(tiles_q - first_row, rows_at_once), batch * heads)
         kernel[grid](
             state, first_row, q_len, kv_len, tiles_q, tiles_kv, heads, tile[0], tile[1],
             *arguments(lifted.program, captures, lifted.numbers),
-            BLOCK_M=block_m, BLOCK_N=block_n, PART_M=max(1, min(block_m, _MOST_ELEMENTS // block_n)), CHUNK=_CHUNK,
-            num_warps=4,
+            **tile_constants(tile), num_warps=4,
         )  # fmt: skip
     return _lists(state, tiles_kv, 1), _lists(state, 1, tiles_kv)
+
+
+def tile_constants(tile: tuple[int, int]) -> dict[str, int]:
+    """The constants of `mask_tiles` for a mask's tile."""
+    block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in tile)
+    part_m = max(1, min(block_m, _MOST_ELEMENTS // block_n))
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "PART_M": part_m, "CHUNK": _CHUNK}
 
 
 def _lists(state: Tensor, row_stride: int, column_stride: int) -> BlockLists:
@@ -136,7 +142,8 @@ def _compact_kernel(
 
 
 @lru_cache(maxsize=256)
-def _module(key: str) -> ModuleType:
+def tile_kernel_module(key: str) -> ModuleType:
+    """The module of the printed `mask_tiles` of a program of `PROGRAMS`."""
     return source.load(tile_kernel_text(key))
 
 
@@ -151,11 +158,12 @@ def tile_kernel_text(key: str) -> str:
     parameters = "".join(f" {name}," for name in extra)
     out = program.out
     text = _HEADER.format(
-        what=program.name.rsplit("/", 1)[-1],
+        what=short_name(program.name),
         imports="\n".join(f"    {name}," for name in sorted({*DEVICE, "round_even", "power"})),
     )
     text += (
-        f"\n@triton.jit(do_not_specialize={loose!r})\ndef mask_tiles(\n    STATE, {', '.join(sizes)},\n   {parameters}\n"
+        f"\n@triton.jit(do_not_specialize={loose!r})\n"
+        f"def mask_tiles(\n    STATE, {', '.join(sizes)},\n   {parameters}\n"
         "    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART_M: tl.constexpr, CHUNK: tl.constexpr,\n):"
     )
     text += _BEGIN
@@ -191,7 +199,7 @@ def _only(program: object, place: int, allowed: set[str]) -> bool:
 
 
 def _block(lines: list, indent: int) -> str:
-    return "".join(" " * indent + str(line).replace("mods.", "") + "\n" for line in lines)
+    return "".join(" " * indent + str(line) + "\n" for line in lines)
 
 
 class _Bounds:

@@ -23,8 +23,8 @@ IDENTITIES = {
     "squeeze", "contiguous", "view_of",
 }  # fmt: skip
 _FLOAT_UNARY = {
-    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "sin", "cos", "tan", "asin", "acos", "atan",
-    "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "sigmoid", "erf", "erfc", "reciprocal", "lgamma",
+    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "sin", "cos", "tan", "asin", "acos",
+    "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "sigmoid", "erf", "erfc", "reciprocal", "lgamma",
 }  # fmt: skip
 _ROUNDING = {"floor", "ceil", "round", "trunc"}
 _COMPARE = {"eq", "ne", "lt", "le", "gt", "ge"}
@@ -48,8 +48,8 @@ _FILLS = {
 }
 _OTHER = {
     "add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod", "neg", "abs", "sign", "sgn",
-    "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "where", "pow", "logical_not", "bitwise_not", "isnan", "isinf",
-    "_to_copy", "convert_element_type", "relu", "square", "fill",
+    "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "where", "pow", "logical_not", "bitwise_not", "isnan",
+    "isinf", "_to_copy", "convert_element_type", "relu", "square", "fill",
 }  # fmt: skip
 _KEPT = (
     IDENTITIES | _FLOAT_UNARY | _ROUNDING | _COMPARE | set(_LOGICAL) | set(_BITWISE) | _FLOAT_BINARY | _FILLS | _OTHER
@@ -160,14 +160,7 @@ def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> N
             return make("or", given(first, BOOL), given(second, BOOL))
         left, right = given(first, of), given(second, of)
         if alpha != 1:
-            scaled = builder.make(
-                "mul", (left if name == "rsub" else right, builder.scalar(alpha, of)), of, where=where
-            )
-            left, right = (scaled, right) if name == "rsub" and False else (left, right)
-            if name == "rsub":  # rsub(x, y, alpha) = y - alpha * x
-                right = builder.make("mul", (right, builder.scalar(alpha, of)), of, where=where)
-            else:
-                right = scaled
+            right = builder.make("mul", (right, builder.scalar(alpha, of)), of, where=where)
         return builder.cast(_plain(builder, "add" if name == "add" else "sub", left, right, of, where), dtype)
     if name == "mul":
         of = common(*arguments[:2])
@@ -178,7 +171,7 @@ def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> N
             else builder.cast(_plain(builder, "mul", left, right, of, where), dtype)
         )
     if name in ("div", "true_divide", "floor_divide"):
-        mode = "floor" if name == "floor_divide" else options.get("rounding_mode", None)
+        mode = "floor" if name == "floor_divide" else options.get("rounding_mode")
         return _divided(mode, arguments, common, given, make, builder, dtype, where)
     if name in ("remainder", "fmod"):
         of = common(*arguments[:2])

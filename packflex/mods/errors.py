@@ -1,8 +1,9 @@
-"""What a mod that cannot become a kernel is told: which function, which line, which operation, and the way to write it."""
+"""What a mod that cannot become a kernel is told: which function, line and operation, and the way to write it."""
 
 from __future__ import annotations
 
 import functools
+import linecache
 from collections.abc import Callable
 from typing import Any
 
@@ -23,15 +24,34 @@ def unwrapped(mod: Callable[..., Any]) -> Any:
     """The function inside partials, bound methods and callable objects, as far as it can be seen."""
     while isinstance(mod, functools.partial):
         mod = mod.func
-    if not hasattr(mod, "__code__") and hasattr(type(mod), "__call__") and hasattr(type(mod).__call__, "__code__"):
+    if callable(mod) and not hasattr(mod, "__code__") and hasattr(type(mod).__call__, "__code__"):
         mod = getattr(mod, "forward", None) or type(mod).__call__
     return getattr(mod, "__func__", mod)
 
 
 def name_of(mod: Callable[..., Any]) -> str:
     """The mod's name and where it is defined, as in `alibi (model.py:12)`."""
+    given = getattr(mod, "packflex_name", None)
+    if given is not None:  # a function that stands for the user's
+        return str(given)
     function = unwrapped(mod)
     name = getattr(function, "__qualname__", None) or repr(mod)
     name = name.rsplit(".<locals>.", 1)[-1]
     code = getattr(function, "__code__", None)
     return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def located(name: str, line: str) -> str:
+    """How an error begins: the mod, its line (`file:number`, or empty) and that line's text."""
+    if not line:
+        return name
+    file, _, number = line.rpartition(":")
+    text = linecache.getline(file, int(number)).strip()
+    text = text if len(text) <= 120 else text[:117] + "..."
+    return f"{name}, at {line}{f' `{text}`' if text else ''}"
+
+
+def short_name(name: str) -> str:
+    """A name of `name_of` without the file's folder."""
+    function, _, place = name.rpartition(" (")
+    return f"{function} ({place.rsplit('/', 1)[-1]}" if function else name

@@ -2,7 +2,7 @@
 
 Two mods with the same key trace to the same program, with the tensors of one in the places of the other's. Reached are
 closures, defaults, partials, methods, globals, and attributes whose names occur in the code. What cannot be compared
-raises `Unknown`, and the mod is then traced at each call.
+raises `UnknownValueError`, and the mod is then traced at each call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LIBRARIES = {"torch", "math", "numpy", "operator", "functools", "builtins", "ty
 _MOST = 4000
 
 
-class Unknown(Exception):
+class UnknownValueError(Exception):
     """A value that a mod reaches and whose changes could not be noticed."""
 
 
@@ -46,7 +46,7 @@ class Fingerprint:
     def _walk(self, value: Any, names: frozenset[str]) -> Any:
         self._count += 1
         if self._count > _MOST:
-            raise Unknown("too many values")
+            raise UnknownValueError("too many values")
         if isinstance(value, _PLAIN):
             return (type(value), repr(value) if isinstance(value, float | complex | np.generic) else str(value))
         if id(value) in self._seen:
@@ -56,8 +56,8 @@ class Fingerprint:
         if isinstance(value, Tensor):
             self.tensors.append(value)
             return (
-                "tensor", value.dtype, tuple(value.shape), value.stride(), value.device, value.requires_grad, type(value),
-                getattr(value, "packflex_documents", None) is not None,
+                "tensor", value.dtype, tuple(value.shape), value.stride(), value.device, value.requires_grad,
+                type(value), getattr(value, "packflex_documents", None) is not None,
             )  # fmt: skip
         if isinstance(value, types.FunctionType):
             return self._function(value)
@@ -75,7 +75,7 @@ class Fingerprint:
         if isinstance(value, _BY_IDENTITY) or type(value).__module__.split(".")[0] in ("builtins", "torch._ops"):
             if isinstance(value, _BY_IDENTITY) or callable(value):
                 return ("id", id(value))
-            raise Unknown(type(value).__name__)
+            raise UnknownValueError(type(value).__name__)
         if type(value).__module__.startswith("torch._ops"):
             return ("id", id(value))
         return self._object(value, names)
@@ -101,7 +101,7 @@ class Fingerprint:
 
     def _object(self, value: Any, names: frozenset[str]) -> Any:
         if not hasattr(value, "__dict__"):
-            raise Unknown(type(value).__name__)
+            raise UnknownValueError(type(value).__name__)
         call = type(value).__call__ if callable(value) else None
         if isinstance(value, torch.nn.Module):
             call = type(value).forward

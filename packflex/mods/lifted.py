@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from packflex.mods.fingerprint import Fingerprint, Unknown
+from packflex.mods.fingerprint import Fingerprint, UnknownValueError
 from packflex.mods.nodes import Program, ordered
 from packflex.mods.trace import TapeEntry, Traced, trace
 
@@ -57,7 +57,7 @@ def lift(mod: Callable[..., Any], kind: str, device: torch.device) -> Lifted:
         # tensors made while tracing carry a gradient only where gradients are on
         key = (kind, device, torch.is_grad_enabled(), fingerprint.key)
         known = _traces.get(key)
-    except (Unknown, TypeError, ValueError):
+    except (UnknownValueError, TypeError, ValueError):
         return _finished(trace(mod, kind, device))
     if known is not None:
         _traces.move_to_end(key)
@@ -75,7 +75,7 @@ def _finished(traced: Traced) -> Lifted:
 
 
 def intern(program: Program) -> str:
-    """The key of the program's structure, which is what its kernels' text follows from; keeps the first such program."""
+    """The key of the program's structure, which its kernels' text follows from; keeps the first such program."""
     order = ordered(program.roots())
     place = {id(node): i for i, node in enumerate(order)}
     lines = [f"{node.op} {node.value!r} {node.dtype} {[place[id(arg)] for arg in node.args]}" for node in order]

@@ -1,8 +1,8 @@
 """The program of a mod: a graph of pointwise operations on single numbers, as the printers take it.
 
 A node stands for one number of each (b, h, q, kv). `deps` says which of those it depends on, so that what belongs to a
-row is computed once a row and what belongs to no index once a tile. All floating-point values are float32 here, whatever
-the captured tensors hold; integers keep their width.
+row is computed once a row and what belongs to no index once a tile. All floating-point values are float32 here,
+whatever the captured tensors hold; integers keep their width.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class Node:
     def is_float(self) -> bool:
         """Whether it is float32."""
         return self.dtype.is_floating_point
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it differs from element to element of a tile."""
+        return self.deps >= {"q", "kv"} or bool(self.deps & {"score", "grad"})
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Print a program as statements of a Triton kernel.
 
 A kernel's template names the tile's `b`, `h`, `q`, `kv`, `score` and `grad` with shapes that broadcast against one
-another: a scalar, [M, 1], [1, N] or [M, N]. Each statement then has the shape of what it depends on, so that what belongs
-to a row is computed once a row. Plain Triton and Gluon share every name that is printed here.
+another: a scalar, [M, 1], [1, N] or [M, N]. Each statement then has the shape of what it depends on, so that what
+belongs to a row is computed once a row. Plain Triton and Gluon share every name that is printed here.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from packflex.mods.nodes import Layout, Node, Program, ordered
 
 TYPES = {
     torch.float32: "tl.float32", torch.int64: "tl.int64", torch.int32: "tl.int32", torch.int16: "tl.int16",
-    torch.int8: "tl.int8", torch.uint8: "tl.uint8", torch.uint16: "tl.uint16", torch.uint32: "tl.uint32", torch.bool: "tl.int1",
+    torch.int8: "tl.int8", torch.uint8: "tl.uint8", torch.uint16: "tl.uint16", torch.uint32: "tl.uint32",
+    torch.bool: "tl.int1",
 }  # fmt: skip
 _NARROW = {torch.int16, torch.int8, torch.uint8, torch.uint16}
 _INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
-    "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>",
+    "add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">",
+    "ge": ">=", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>",
 }  # fmt: skip
 _CALLS = {
     "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "log2": "tl.log2", "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt",
     "sin": "tl.sin", "cos": "tl.cos", "sigmoid": "tl.sigmoid", "erf": "tl.erf", "floor": "tl.floor", "ceil": "tl.ceil",
-    "abs": "tl.abs", "where": "tl.where", "round": "mods.round_even", "pow": "mods.power",
+    "abs": "tl.abs", "where": "tl.where", "round": "round_even", "pow": "power",
 }  # fmt: skip
 DEVICE = {
-    "tanh", "sign", "floordiv", "remainder", "fmod", "divided_by", "isnan", "isinf", "log1p", "expm1", "log10", "tan", "asin",
-    "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "lgamma", "trunc", "atan2", "hypot", "copysign",
+    "tanh", "sign", "floordiv", "remainder", "fmod", "divided_by", "isnan", "isinf", "log1p", "expm1", "log10", "tan",
+    "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "lgamma", "trunc", "atan2", "hypot",
+    "copysign",
 }  # fmt: skip
 
 
@@ -137,17 +139,14 @@ class Printer:
             return f"{function}({_typed(node.args[0], args[0])}, {args[1]})"
         if node.op == "truncdiv":
             return f"{args[0]} // {args[1]}"
-        if node.op in DEVICE or _CALLS.get(node.op, "").startswith("mods."):
-            function = _CALLS.get(node.op, f"mods.{node.op}")
-        else:
-            function = _CALLS[node.op]
+        function = node.op if node.op in DEVICE else _CALLS[node.op]
         if node.op == "where":
             return f"tl.where({_typed(node.args[0], args[0])}, {args[1]}, {args[2]})"
         return f"{function}({', '.join([_typed(node.args[0], args[0]), *args[1:]])})"
 
     def _load(self, node: Node, load_mask: str) -> str:
         layout = self.program.layouts[node.value]
-        mask = f", mask={load_mask}, other=0" if load_mask and node.deps >= {"q", "kv"} else ""
+        mask = f", mask={load_mask}, other=0" if load_mask and node.is_full else ""
         text = f"tl.load({self.prefix}c{node.value} + {self.offset(node.value, node.args)}{mask})"
         if layout.dtype == torch.bool:
             return f"{text} != 0"

@@ -1,10 +1,10 @@
 """Trace a mod into a `Program`: `make_fx` over 0-d fake tensors, then the same graph differentiated.
 
 Two passes. The first runs the user's function once and records every operation, with the user's line. Captured tensors
-are the user's own objects there; an operation between captured tensors alone (`torch.sigmoid(gate)[h]`) runs on the real
-tensors instead, under autograd, and its result is what the kernel reads. The second pass replays the recorded graph
-with each read replaced by an input, under `torch.func.vjp`, which yields d(score) and what each read sends back: the
-scatter into a captured tensor is then the kernel's business alone.
+are the user's own objects there; an operation between captured tensors alone (`torch.sigmoid(gate)[h]`) runs on the
+real tensors instead, under autograd, and its result is what the kernel reads. The second pass replays the recorded
+graph with each read replaced by an input, under `torch.func.vjp`, which yields d(score) and what each read sends back:
+the scatter into a captured tensor is then the kernel's business alone.
 
 Values are float32 inside a kernel; float16, bfloat16 and float64 captured tensors are converted as they are read.
 """
@@ -12,7 +12,6 @@ Values are float32 inside a kernel; float16, bfloat16 and float64 captured tenso
 from __future__ import annotations
 
 import inspect
-import linecache
 import operator
 import os
 import sys
@@ -31,8 +30,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from packflex.layout import is_on
 from packflex.mods.aten import IDENTITIES, decompositions, is_supported, kernel_dtype, to_nodes
-from packflex.mods.errors import ModError, ModIndexError, ModTypeError, name_of
+from packflex.mods.errors import ModError, ModIndexError, ModTypeError, located, name_of
 from packflex.mods.nodes import INDICES, Builder, CapturedGradient, Layout, Node, Program
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -66,13 +66,14 @@ class Traced:
     tape: list[TapeEntry] = field(default_factory=list)
 
 
-def trace(mod: Callable[..., Any], kind: str, device: torch.device) -> Traced:
+def trace(mod: Callable[..., Any], kind: str, device: torch.device, hold_numbers: bool = True) -> Traced:
     """Trace `mod`.
 
     Args:
         mod: `score_mod(score, b, h, q_idx, kv_idx)` or `mask_mod(b, h, q_idx, kv_idx)`.
         kind: "score" or "mask".
         device: where the kernel runs and the captured tensors must be (0-d tensors may be on the CPU).
+        hold_numbers: whether 0-d tensors on the host become numbers of the launch; they are read as others are if not.
 
     Raises:
         ModError: a mod that cannot become a kernel; names the function, its line, the operation and the remedy.
@@ -80,7 +81,7 @@ def trace(mod: Callable[..., Any], kind: str, device: torch.device) -> Traced:
     _check_signature(mod, kind)
     recorder = _Recorder(mod)
     graph = _record(mod, kind, device, recorder)
-    first = _FirstGraph(graph, mod, kind, device)
+    first = _FirstGraph(graph, mod, kind, device, hold_numbers)
     program, held = _second_pass(first, mod, kind)
     return Traced(program, first.captures, held, recorder.tape)
 
@@ -118,7 +119,8 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch._C._set_grad_enabled and not args[0]:
             raise ModError(
-                f"{_at(_user_line(), self.mod)}: a kernel has no torch.no_grad(); write .detach() on what gets no gradient"
+                f"{_at(_user_line(), self.mod)}: a kernel has no torch.no_grad(); write .detach() on what gets no "
+                "gradient"
             )
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -195,8 +197,23 @@ def _noting(line: str) -> Iterator[None]:
                 fx_traceback.current_meta["stack_trace"] = before
 
 
+_given_line = [""]
+
+
+@contextmanager
+def at_line(line: str) -> Iterator[None]:
+    """Say which line of the user's the operations come from, where no frame of the stack does."""
+    before, _given_line[0] = _given_line[0], line
+    try:
+        yield
+    finally:
+        _given_line[0] = before
+
+
 def _user_line() -> str:
     """`file:line` of the innermost frame that is neither torch's nor the tracer's."""
+    if _given_line[0]:
+        return _given_line[0]
     frame: Any = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -207,13 +224,7 @@ def _user_line() -> str:
 
 
 def _at(line: str, mod: Callable[..., Any]) -> str:
-    """How an error begins: the mod, the line, and its text."""
-    if not line:
-        return name_of(mod)
-    file, _, number = line.rpartition(":")
-    text = linecache.getline(file, int(number)).strip()
-    text = text if len(text) <= 120 else text[:117] + "..."
-    return f"{name_of(mod)}, at {line}{f' `{text}`' if text else ''}"
+    return located(name_of(mod), line)
 
 
 def _record(mod: Callable[..., Any], kind: str, device: torch.device, recorder: _Recorder) -> Any:
@@ -233,8 +244,8 @@ def _record(mod: Callable[..., Any], kind: str, device: torch.device, recorder: 
     before, _grad_wanted[0] = _grad_wanted[0], torch.is_grad_enabled()
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # fake tensors are made with the .grad of captured ones, leaves or not
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+            # torch's own look at a view or a result of captured tensors that require a gradient
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             return make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*score, *indices)
     except ModError:
         raise
@@ -259,8 +270,8 @@ def _explained(error: Exception, mod: Callable[..., Any], kind: str) -> ModError
         or "is_nonzero" in text
     ):
         return ModError(
-            f"{at}: a Python `if`, `and`, `or`, `not`, int(), float() or .item() on an index or a score, whose value is "
-            "known only inside the kernel; write torch.where(condition, a, b), and &, |, ~ between conditions"
+            f"{at}: a Python `if`, `and`, `or`, `not`, int(), float() or .item() on an index or a score, whose value "
+            "is known only inside the kernel; write torch.where(condition, a, b), and &, |, ~ between conditions"
         )
     if isinstance(error, TypeError | ValueError) and "device" not in text:
         return ModTypeError(f"{kind}_mod {at}: {name}: {text}")
@@ -287,8 +298,10 @@ class _Read:
 class _FirstGraph:
     """The recorded graph with its captured tensors and reads found and every operation checked."""
 
-    def __init__(self, traced: Any, mod: Callable[..., Any], kind: str, device: torch.device) -> None:
-        self.mod, self.kind, self.device = mod, kind, device
+    def __init__(
+        self, traced: Any, mod: Callable[..., Any], kind: str, device: torch.device, hold_numbers: bool
+    ) -> None:
+        self.mod, self.kind, self.device, self.hold_numbers = mod, kind, device, hold_numbers
         self.captures: list[Tensor] = []
         self.slots: dict[int, int] = {}
         self.reads: list[tuple[Any, _Read]] = []  # (the node of the read, what it reads)
@@ -319,16 +332,15 @@ class _FirstGraph:
             raise self._fail(
                 _user(node), f"a captured tensor of {tensor.dtype}; kernels take bool, integers and floats"
             )
-        if tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad:
+        if self.hold_numbers and tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad:
             self.fixed[node] = tensor
             return
-        if tensor.device != self.device and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
-            if not (tensor.device.type == self.device.type and None in (tensor.device.index, self.device.index)):
-                raise self._fail(
-                    _user(node),
-                    f"a captured tensor of shape {tuple(tensor.shape)} is on {tensor.device}, query on {self.device}: "
-                    f"move it with .to({str(self.device)!r}) before the mod captures it",
-                )
+        if not (is_on(tensor.device, self.device) or (tensor.dim() == 0 and tensor.device.type == "cpu")):
+            raise self._fail(
+                _user(node),
+                f"a captured tensor of shape {tuple(tensor.shape)} is on {tensor.device}, query on {self.device}: "
+                f"move it with .to({str(self.device)!r}) before the mod captures it",
+            )
         if id(tensor) not in self.slots:
             self.slots[id(tensor)] = len(self.captures)
             self.captures.append(tensor)
@@ -402,7 +414,8 @@ def _attribute(module: Any, path: str) -> Any:
 
 
 def _line_of(node: Any) -> str:
-    return node.meta.get("stack_trace") or ""
+    line = node.meta.get("stack_trace") or ""
+    return line if "\n" not in line else ""  # a whole stack is that of a trace around this one
 
 
 def _user(node: Any) -> Any:
@@ -462,7 +475,9 @@ def _second_pass(first: _FirstGraph, mod: Callable[..., Any], kind: str) -> tupl
             out, where = replay(score, indices, mine, fixed)
             return out.to(torch.float32).clone(), where
 
-        out, vjp, where = torch.func.vjp(forward, score, *[values[i] for i in wanted], has_aux=True)
+        out, vjp, where = torch.func.vjp(  # type: ignore[misc]  # three results with has_aux
+            forward, score, *[values[i] for i in wanted], has_aux=True
+        )
         return (out, where, *vjp(grad))
 
     try:
@@ -576,7 +591,9 @@ def _convert_until(
     for node in sorted(needed, key=position.__getitem__):
         if node.op == "get_attr":
             tensor = _attribute(graph, node.target)
-            tensor = getattr(tensor, "constant", None) if isinstance(tensor, FakeTensor) else tensor
+            if isinstance(tensor, FakeTensor):
+                tensor = tensor.constant
+                assert tensor is not None  # a number that the trace made
             env[node] = builder.constant(tensor.item(), kernel_dtype(tensor.dtype))
         else:
             try:

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import AuxRequest
 from torch.nn.attention.flex_attention import create_block_mask as torch_create_block_mask
 
-from packflex import PackedLayout, create_block_mask, document_mask, flex_attention
+from packflex import PackedLayout, create_block_mask, document_mask, flex_attention, masks
 from packflex.masks import causal
 from packflex.testing.tolerances import relative_error
 
@@ -57,9 +57,9 @@ def test_a_named_backend_is_used_or_raises():
     refused(
         ValueError, "'triton', 'torch', 'reference' or None; got 'flash'", q, k, v, backend="flash", enable_gqa=True
     )
-    lists = create_block_mask(causal, None, None, 32, 32, device="cpu")
-    refused(NotImplementedError, "mask_mod", q, k, v, backend="triton", block_mask=lists, enable_gqa=True)
-    refused(NotImplementedError, "score_mod", q, k, v, score_mod=lambda s, *i: s, backend="triton", enable_gqa=True)
+    lists = create_block_mask(masks.strided(4), None, None, 32, 32, device="cpu")
+    refused(NotImplementedError, "mask_mod", q, k, v, backend="hopper", block_mask=lists, enable_gqa=True)
+    refused(NotImplementedError, "score_mod", q, k, v, score_mod=lambda s, *i: s, backend="hopper", enable_gqa=True)
     big = inputs(dim=264)
     refused(NotImplementedError, "up to 256; D is 264", *big, backend="triton", enable_gqa=True)
     refused(NotImplementedError, "float64", *inputs(dtype=torch.float64), backend="triton", enable_gqa=True)

@@ -188,7 +188,7 @@ def test_interval_kernel_equals_the_torch_path(name):
         (lambda: create_block_mask(masks.causal, 1, 1, 8, 8, "cpu", 0), ValueError, "BLOCK_SIZE must be"),
         (lambda: masks.sliding_window(0), ValueError, "window must be at least 1"),
         (lambda: masks.and_masks(), TypeError, "and_masks takes one or more mask_mods"),
-        (lambda: create_block_mask(masks.causal, 1, 1, 8, 8, "cpu").kv_ranges, ValueError, "document_mask"),
+        (lambda: create_block_mask(masks.strided(2), 1, 1, 8, 8, "cpu").kv_ranges, ValueError, "document_mask"),
     ],
 )
 def test_bad_arguments(make, error, message):

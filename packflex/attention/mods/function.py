@@ -28,10 +28,10 @@ def attention_with_mods(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """out and lse through the printed kernels; `intervals` are those of the mask, or None when it holds lists."""
-    masked = None
+    mask_mod = None
     if intervals is None:
         assert mask is not None
-        masked = lift(mask.mask_mod, "mask", q.device)
+        mask_mod = mask.mask_mod
         kv = [mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices]
         queries = [mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices]
         kv_blocks, q_blocks = ([x.contiguous() for x in lists] for lists in (kv, queries))
@@ -39,6 +39,14 @@ def attention_with_mods(
     else:
         kv_blocks, q_blocks = ([x[0], x[1]] for x in intervals)
         tile, ragged = (0, 0), False
+    if torch.compiler.is_compiling():
+        from packflex.attention.mods.compiled import compiled_attention_with_mods
+
+        return compiled_attention_with_mods(
+            q, k, v, kv_blocks, q_blocks, mask_mod, score_mod, sinks, tile, ragged, scale, softcap, tiles, long_spans,
+            deterministic,
+        )  # fmt: skip
+    masked = None if mask_mod is None else lift(mask_mod, "mask", q.device)
     scored = None if score_mod is None else lift(score_mod, "score", q.device)
     captures: list[Tensor] = []
     ints: list[int] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
@@ -25,9 +27,15 @@ from packflex.attention.triton.launch import (
 )
 from packflex.attention.triton.tiles import KernelTiles, Tile, default_tiles, edge_rows, heads_per_tile
 from packflex.mods import source
+from packflex.mods.errors import short_name
 from packflex.mods.nodes import Program
 from packflex.mods.printer import arguments
 
+# Between the tables' tiles for long spans and those for short ones, on Hopper: as many keys, fewer queries at a time
+_LEAN_DKDV, _LEAN_DQ = Tile(32, 128, 8, 2), Tile(128, 32, 8, 3)
+_LEAN_AMPERE = KernelTiles(Tile(64, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2))
+# Registers a thread may spill in a tile that is taken all the same
+_FEW_SPILLS = 8
 # Bits that a 64-bit sum of a deterministic backward has for one contribution and all that are added to it
 _SUM_BITS = 62
 
@@ -114,15 +122,11 @@ class Call:
 
 
 @lru_cache(maxsize=256)
-def _text(name: str, request: templates.Request) -> ModuleType:
+def kernel_module(name: str, request: templates.Request) -> ModuleType:
+    """The module of a printed kernel: "mod_forward", "mod_dkdv" or "mod_dq"."""
     kernels = {"mod_forward": templates.forward_text, "mod_dq": templates.dq_text, "mod_dkdv": templates.dkdv_text}
-    named = " and ".join(p.name.rsplit("/", 1)[-1] for p in (request.mask, request.score) if p is not None)
+    named = " and ".join(short_name(p.name) for p in (request.mask, request.score) if p is not None)
     return source.load(templates.header(f"{name} of {named}") + "\n" + kernels[name](request))
-
-
-def kernel_file(name: str, request: templates.Request) -> str:
-    """The path of a printed kernel."""
-    return str(_text(name, request).__file__)
 
 
 def _heads(call: Call, tile: Tile, blocks: Blocks, gradients: bool) -> int:
@@ -133,10 +137,12 @@ def _heads(call: Call, tile: Tile, blocks: Blocks, gradients: bool) -> int:
 
 
 def _fit(tile: Tile, heads: int, blocks: Blocks) -> Tile:
-    """The tile made small enough that it divides the mask's own tiles."""
-    if not blocks.lists:
-        return tile
-    rows, columns = blocks.tile
+    return fitted_tile(tile, heads, blocks.tile) if blocks.lists else tile
+
+
+def fitted_tile(tile: Tile, heads: int, mask_tile: tuple[int, int]) -> Tile:
+    """The tile made small enough that it divides the tiles of a mask in list form."""
+    rows, columns = mask_tile
     block_m, block_n = tile.block_m, tile.block_n
     while rows * heads % block_m:
         block_m //= 2
@@ -144,26 +150,30 @@ def _fit(tile: Tile, heads: int, blocks: Blocks) -> Tile:
         block_n //= 2
     if min(block_m, block_n) < 16:
         raise NotImplementedError(
-            f'backend="triton" walks masks whose BLOCK_SIZE is a multiple of 16; got {blocks.tile}: build the mask with '
-            "BLOCK_SIZE=128"
+            f'backend="triton" walks masks whose BLOCK_SIZE is a multiple of 16; got {mask_tile}: build the mask '
+            "with BLOCK_SIZE=128"
         )
     return Tile(block_m, block_n, tile.num_warps, tile.num_stages, tile.max_heads)
 
 
-def _candidates(call: Call) -> list[KernelTiles]:
-    """Tiles to try in order: the fast table's, which a mod's registers may spill, then the spare table's."""
-    dtype, dim, capability = call.q.dtype, max(call.q.shape[3], call.v.shape[3]), _capability(call.q.device)
-    tables = [(call.softcap > 0, call.long_spans), (call.softcap > 0, False), (True, False)]
+def candidates(dtype: torch.dtype, head_dim: int, capability: int, softcap: bool, long: bool) -> list[KernelTiles]:
+    """Tiles to try in order: the fast table's, which a mod's registers may spill, then others that leave more."""
     found: list[KernelTiles] = []
-    for softcap, long in tables:
-        tiles = default_tiles(dtype, dim, capability, softcap, long)
-        if tiles not in found:
+    for tight, long_tiles in ((softcap, long), (softcap, False), (True, False)):
+        tiles = default_tiles(dtype, head_dim, capability, tight, long_tiles)
+        if long_tiles and dtype != torch.float32 and head_dim <= 128 and capability // 10 in (9, 10):
+            found += [tiles, dataclasses.replace(tiles, dkdv=_LEAN_DKDV, dq=_LEAN_DQ)]
+        elif tiles not in found:
             found.append(tiles)
+    if capability // 10 not in (9, 10) and head_dim <= 64:
+        found.append(_LEAN_AMPERE)
     return found
 
 
 def _resolved(call: Call, name: str) -> list[Tile]:
-    tiles = [getattr(candidate, name) for candidate in _candidates(call)]
+    dim, capability = max(call.q.shape[3], call.v.shape[3]), _capability(call.q.device)
+    tables = candidates(call.q.dtype, dim, capability, call.softcap > 0, call.long_spans)
+    tiles = [getattr(table, name) for table in tables]
     if call.tiles:
         at = {"forward": 0, "dkdv": 5, "dq": 10}[name]
         given = call.tiles[at : at + 5]
@@ -177,43 +187,65 @@ def _resolved(call: Call, name: str) -> list[Tile]:
 _chosen: dict[Any, Tile] = {}
 
 
-def _run(call: Call, name: str, blocks: Blocks, gradients: bool, fixed: list[Any], grid: Any, extra: Any) -> None:
-    """Launch the kernel with the first of its tiles that spills no registers; on the interpreter, the last."""
-    kernel_name = "mod_forward" if name == "forward" else f"mod_{name}"
-    tiles = _resolved(call, name)
-    if interpreted():
-        tiles = tiles[-1:]
-    signature = (
-        kernel_name, call.score and call.score.program, call.mask and call.mask.program, blocks.tile, blocks.ragged,
-        gradients, tuple(tiles), call.q.dtype, call.q.shape[3], call.v.shape[3], call.q.shape[1] // call.k.shape[1],
-        call.softcap > 0, call.q.device, blocks.lists and blocks.tensors[0].shape[1] > 1,
-    )  # fmt: skip
-    known = _chosen.get(signature)
-    for last, tile in enumerate(tiles if known is None else [known], start=1):
-        heads = _heads(call, tile, blocks, gradients)
+@dataclass(frozen=True)
+class _Launch:
+    """A printed kernel about to be launched: whose call, which blocks, and what depends on the tile."""
+
+    call: Call
+    name: str
+    blocks: Blocks
+    gradients: bool
+    fixed: list[Any]
+    grid: Callable[[Tile, int], tuple[int, int, int]]
+    extra: Callable[[Tile, int], dict[str, Any]]
+
+    def run(self) -> None:
+        """Launch it with the first of its tiles that spills hardly any registers; on the interpreter, the last."""
+        tiles = _resolved(self.call, self.name)
+        if interpreted():
+            tiles = tiles[-1:]
+        call, blocks = self.call, self.blocks
+        signature = (
+            self.name, call.score and call.score.program, call.mask and call.mask.program, blocks.tile, blocks.ragged,
+            self.gradients, tuple(tiles), call.q.dtype, call.q.shape[3], call.v.shape[3],
+            call.q.shape[1] // call.k.shape[1], call.softcap > 0, call.q.device,
+            blocks.lists and blocks.tensors[0].shape[1] > 1,
+        )  # fmt: skip
+        tile = _chosen.get(signature)
+        if tile is None:
+            tile = _chosen[signature] = self._leanest(tiles)
+        kernel, grid, constants = self._prepared(tile)
+        kernel[grid](*self.fixed, **constants)
+
+    def _leanest(self, tiles: list[Tile]) -> Tile:
+        """The first tile that spills few registers, or the one that spills the fewest."""
+        spills: dict[Tile, int] = {}
+        for tile in tiles if len(tiles) > 1 else []:
+            kernel, grid, constants = self._prepared(tile)
+            compiled = kernel.warmup(*self.fixed, grid=grid, **constants)
+            compiled._init_handles()
+            spills[tile] = compiled.n_spills
+            if compiled.n_spills <= _FEW_SPILLS:
+                return tile
+        return min(tiles, key=lambda tile: spills.get(tile, 0))
+
+    def _prepared(self, tile: Tile) -> tuple[Any, tuple[int, int, int], dict[str, Any]]:
+        """The kernel, its grid and its constants."""
+        call, blocks = self.call, self.blocks
+        heads = _heads(call, tile, blocks, self.gradients)
         fitted = _fit(tile, heads, blocks)
-        if (fewer := _heads(call, fitted, blocks, gradients)) != heads:
+        if (fewer := _heads(call, fitted, blocks, self.gradients)) != heads:
             heads, fitted = fewer, _fit(fitted, fewer, blocks)
         request = templates.Request(
             None if call.score is None else call.score.program,
             None if call.mask is None else call.mask.program,
             blocks.ragged,
             heads > 1,
-            gradients,
+            self.gradients,
         )
-        kernel = getattr(_text(kernel_name, request), kernel_name)
-        constants = call.constants(fitted, heads, blocks) | extra(fitted, heads)
-        if known is None and last < len(tiles) and _spills(kernel, fixed, grid(fitted, heads), constants):
-            continue
-        _chosen[signature] = tile
-        kernel[grid(fitted, heads)](*fixed, **constants)
-        return
-
-
-def _spills(kernel: Any, fixed: list[Any], grid: tuple[int, ...], constants: dict[str, Any]) -> bool:
-    compiled = kernel.warmup(*fixed, grid=grid, **constants)
-    compiled._init_handles()
-    return bool(compiled.n_spills > 0)
+        kernel_name = f"mod_{self.name}"
+        kernel = getattr(kernel_module(kernel_name, request), kernel_name)
+        return kernel, self.grid(fitted, heads), call.constants(fitted, heads, blocks) | self.extra(fitted, heads)
 
 
 def launch_forward(call: Call, blocks: Blocks, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -230,7 +262,7 @@ def launch_forward(call: Call, blocks: Blocks, sinks: Tensor | None) -> tuple[Te
     def grid(tile: Tile, packed: int) -> tuple[int, int, int]:
         return (triton.cdiv(q_len * packed, tile.block_m), heads // packed, batch)
 
-    _run(call, "forward", blocks, False, fixed, grid, lambda tile, packed: {"HAS_SINKS": sinks is not None})
+    _Launch(call, "forward", blocks, False, fixed, grid, lambda tile, packed: {"HAS_SINKS": sinks is not None}).run()
     return out, lse
 
 
@@ -272,22 +304,23 @@ def launch_backward(
         shared = [q, k, v, grad_out, lse, delta]
         fixed = [
             *shared, *q_blocks.tensors, grad_k, grad_v, *call.strides(), *grad_out.stride()[:3], *grad_k.stride()[:3],
-            *grad_v.stride()[:3], *q_blocks.numbers(), q_len, kv_len, call.scale, call.softcap, *mods, *slots("columns"),
+            *grad_v.stride()[:3], *q_blocks.numbers(), q_len, kv_len, call.scale, call.softcap, *mods,
+            *slots("columns"),
         ]  # fmt: skip
-        _run(
+        _Launch(
             call, "dkdv", q_blocks, gradients, fixed,
             lambda tile, packed: (triton.cdiv(kv_len, tile.block_n), kv_heads, batch),
             lambda tile, packed: {"EDGE_M": max(edge_rows(tile), 16), "GRAD_MODE": mode},
-        )  # fmt: skip
+        ).run()  # fmt: skip
         fixed = [
             *shared, *kv_blocks.tensors, grad_q, *call.strides(), *grad_out.stride()[:3], *grad_q.stride()[:3],
             *kv_blocks.numbers(), q_len, kv_len, call.scale, call.softcap, *mods, *slots("rows", "tile"),
         ]  # fmt: skip
-        _run(
+        _Launch(
             call, "dq", kv_blocks, gradients, fixed,
             lambda tile, packed: (triton.cdiv(q_len * packed, tile.block_m), heads // packed, batch),
             lambda tile, packed: {"GRAD_MODE": mode},
-        )  # fmt: skip
+        ).run()  # fmt: skip
 
     results: list[Tensor | None] = [None] * len(captures)
     if not gradients:

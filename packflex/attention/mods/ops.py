@@ -24,7 +24,7 @@ def _call(
     from packflex.attention.mods.launch import Call, Given
 
     tensors, whole, real = list(captures), list(ints), list(floats)
-    given = []
+    given: list[Given | None] = []
     for key in (mask_key, score_key):
         if not key:
             given.append(None)
@@ -127,9 +127,9 @@ def mod_attention_backward(
 
 @mod_attention_backward.register_fake
 def _(
-    grad_out: Tensor, grad_lse: Any, out: Tensor, lse: Tensor, wanted: Any, q: Tensor, k: Tensor, v: Tensor, kv_blocks: Any,
-    q_blocks: Any, captures: Any, sinks: Any, ints: Any, floats: Any, score_key: str, mask_key: str, mask_tile: Any,
-    ragged: bool, scale: float, softcap: float, tiles: Any, long_spans: bool, deterministic: bool,
+    grad_out: Tensor, grad_lse: Any, out: Tensor, lse: Tensor, wanted: Any, q: Tensor, k: Tensor, v: Tensor,
+    kv_blocks: Any, q_blocks: Any, captures: Any, sinks: Any, ints: Any, floats: Any, score_key: str, mask_key: str,
+    mask_tile: Any, ragged: bool, scale: float, softcap: float, tiles: Any, long_spans: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     grad_sinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     captured = [torch.empty_like(captures[place], memory_format=torch.contiguous_format) for place in wanted]

@@ -100,7 +100,7 @@ def _indent(lines: list[str], by: int) -> str:
 
 
 def _written(statements: list[Statement]) -> list[str]:
-    return [line.replace("mods.", "") for line in map(str, statements)]
+    return list(map(str, statements))
 
 
 def _within(allowed: str) -> Callable[[Node], bool]:
@@ -352,8 +352,8 @@ def dq_text(request: Request) -> str:
     fixed = (
         f"Q, K, V, GRAD_OUT, LSE, DELTA, {_walk_parameters(lists, 'KV')} GRAD_Q,\n"
         "    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,\n"
-        f"    stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, {_walk_numbers(lists)} q_len, kv_len,\n"
-        "    scale, softcap,"
+        "    stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs,\n"
+        f"    {_walk_numbers(lists)} q_len, kv_len, scale, softcap,"
     )
     constants = _CONSTANTS + " GRAD_MODE: tl.constexpr," + (_LIST_CONSTANTS if lists else "")
     text = _definition("mod_dq", fixed, kernel, slots, constants) + _ROWS
@@ -407,13 +407,11 @@ def dq_text(request: Request) -> str:
     for n, gradient in row_sums:
         assert kernel.score is not None
         offset = kernel.score.offset(gradient.slot, gradient.indices)
-        sums = f"x_sum{gradient.slot}, {offset}"
+        target, factor = f"x_sum{gradient.slot}, {offset}", f"b_factor{gradient.slot}, GRAD_MODE"
         if "q" in gradient.deps:
-            text += f"    scatter({sums}, b_sum{n}[:, None], m_row[:, None], b_factor{gradient.slot}, GRAD_MODE)\n"
+            text += f"    scatter({target}, b_sum{n}[:, None], m_row[:, None], {factor})\n"
         else:
-            text += (
-                f"    scatter({sums}, tl.sum(b_sum{n}), tl.full([], 1, tl.int1), b_factor{gradient.slot}, GRAD_MODE)\n"
-            )
+            text += f"    scatter({target}, tl.sum(b_sum{n}), tl.full([], 1, tl.int1), {factor})\n"
     return text
 
 
@@ -439,7 +437,7 @@ def _derivative(kernel: _Kernel, roots: list[Node], masked: bool, bounded: bool)
     text = kernel.score.text(program.grad_score)
     full = {"score", "grad"} & program.grad_score.deps
     lines.append(f"b_ds = {text}" if full else f"b_ds = tl.zeros_like(score) + {text}")
-    if bounded:
+    if bounded and program.grad_score.op != "input":  # a derivative may be infinite where the weight is 0
         lines.append("b_ds = tl.where(m_s, b_ds, 0.0)")
     return lines
 
@@ -558,7 +556,7 @@ def dkdv_text(request: Request) -> str:
         text += walk.lstrip("\n")
     text += _indent([f"b_sum{n} = tl.zeros([BLOCK_N], tl.float32)" for n, _ in sums], 8) + "\n"
     text += (
-        _indent(["h = i_head"], 8)
+        _indent([] if request.packed else ["h = i_head"], 8)
         + "\n"
         + _indent(_hoisted(kernel, roots, "b kv" if request.packed else "b h kv"), 8)
         + "\n"
@@ -570,9 +568,9 @@ def dkdv_text(request: Request) -> str:
     restore()
     for n, gradient in sums:
         assert kernel.score is not None
-        index_nodes = _written(kernel.score.statements(gradient.indices))
+        indices = _written(kernel.score.statements(gradient.indices))
         offset = kernel.score.offset(gradient.slot, gradient.indices)
-        text += _indent(index_nodes, 8) + "\n"
+        text += _indent(indices, 8) + "\n"
         text += (
             f"        scatter(x_sum{gradient.slot}, {offset}, b_sum{n}[:, None], m_k[:, None], "
             f"b_factor{gradient.slot}, GRAD_MODE)\n"
@@ -601,21 +599,20 @@ def _column_body(
     end = "q_len" if lists else "end_query"
     stat = ", mask=m_q, other=float('-inf')" if bounded else ""
     delta = ", mask=m_q, other=0.0" if bounded else ""
+    # within the KV group; with one head a tile its offset is one number, which leaves registers free
+    head, position = (f"i_group * HEADS + {rows} % HEADS", f"{rows} // HEADS") if request.packed else ("i_group", rows)
     body = [
-        f"o_head = i_group * HEADS + {rows} % HEADS  # within the KV group",
-        f"o_q = block_query + {rows} // HEADS",
+        f"o_head = {head}",
+        f"o_q = block_query + {position}",
         f"m_q = o_q < {end}",
         f"b_lse = tl.load(p_lse + o_head * q_len + o_q{stat})",
-        'm_q = m_q & (b_lse > float("-inf"))' if bounded else "",
+        'm_q = m_q & (b_lse > float("-inf"))' if bounded and lists else "",
         'b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2_E',
-        f"b_q = load_tile(p_q + block_query.to(tl.int64) * stride_qs + (o_head * stride_qh + ({rows} // HEADS) * "
+        f"b_q = load_tile(p_q + block_query.to(tl.int64) * stride_qs + (o_head * stride_qh + ({position}) * "
         f"stride_qs)[:, None] + o_d[None, :], m_q, o_d < HEAD_DIM, {bounded}, HEAD_DIM != BLOCK_D)",
         "score = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale  # [BLOCK_N, rows]",
         "q = tl.minimum(o_q, q_len - 1)[None, :]" if bounded else "q = o_q[None, :]",
-        "if HEADS > 1:",
-        "    h = (i_head + o_head - i_group * HEADS)[None, :]",
-        "else:",
-        "    h = i_head",
+        "h = (i_head + o_head - i_group * HEADS)[None, :]" if request.packed else "",
     ]
     body = [line for line in body if line]
     if masked and kernel.mask is not None:
@@ -628,7 +625,7 @@ def _column_body(
     body += _modified(kernel, roots, masked)
     body += _weights("b_lse[None, :]", bounded)
     body += [
-        f"b_do = load_tile(p_do + block_query.to(tl.int64) * stride_gs + (o_head * stride_gh + ({rows} // HEADS) * "
+        f"b_do = load_tile(p_do + block_query.to(tl.int64) * stride_gs + (o_head * stride_gh + ({position}) * "
         f"stride_gs)[:, None] + o_dv[None, :], m_q, o_dv < V_DIM, {bounded}, V_DIM != BLOCK_DV)",
         "b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)",
         f"b_delta = tl.load(p_delta + o_head * q_len + o_q{delta})",

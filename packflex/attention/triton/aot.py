@@ -77,7 +77,7 @@ def compile_kernels(
                 "BLOCK_M": DELTA_ROWS,
                 "HAS_GRAD_LSE": False,
             }
-            reports.append(_compile(_flex_bwd_delta_kernel, capability, dtype, constants, 4, 1))
+            reports.append(compile_for(_flex_bwd_delta_kernel, capability, dtype, constants, 4, 1))
             continue
         tile: Tile = getattr(tiles, name)
         constants = {
@@ -94,21 +94,31 @@ def compile_kernels(
         if name == "dkdv":
             constants["EDGE_M"] = edge_rows(tile)
         kernel = {"forward": _flex_fwd_kernel, "dkdv": _flex_bwd_dkdv_kernel, "dq": _flex_bwd_dq_kernel}[name]
-        reports.append(_compile(kernel, capability, dtype, constants, tile.num_warps, tile.num_stages))
+        reports.append(compile_for(kernel, capability, dtype, constants, tile.num_warps, tile.num_stages))
     return reports
 
 
-def _compile(
-    kernel: Any, capability: int, dtype: torch.dtype, constants: dict[str, Any], warps: int, stages: int
+def compile_for(
+    kernel: Any,
+    capability: int,
+    dtype: torch.dtype,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    types: dict[str, str] | None = None,
 ) -> Compiled:
+    """Compile one kernel whose parameters are named as all of ours are; `types` are those of others."""
+    types = types or {}
     signature: dict[str, str] = {}
     attrs: dict[tuple[int], list[list[Any]]] = {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name in types:
+            signature[name] = types[name]
         elif name in ("LSE", "DELTA", "GRAD_LSE", "SINKS"):
             signature[name] = "*fp32"
-        elif name.endswith(("_LO", "_HI")):
+        elif name.endswith(("_LO", "_HI", "NUM_BLOCKS", "INDICES")):
             signature[name] = "*i32"
         elif name.isupper():
             signature[name] = "*" + _TYPE_NAMES[dtype]

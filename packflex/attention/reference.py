@@ -237,8 +237,16 @@ def _over(
     if scores is not None:
         inputs["score"] = scores
     everywhere = torch.ones((), dtype=torch.bool, device=indices[0].device)
-    seen = everywhere if seen is None else seen
+    arguments = (lifted.captures, lifted.numbers, dtype)
     try:
-        return evaluate([lifted.program.out], inputs, lifted.captures, lifted.numbers, dtype, seen)[0]
+        if scores is None or seen is None:
+            return evaluate([lifted.program.out], inputs, *arguments, everywhere if seen is None else seen)[0]
+        with torch.no_grad():  # for its checks of what a kernel reads
+            evaluate([lifted.program.out], inputs, *arguments, seen)
     except OutOfBoundsError as error:
         raise out_of_bounds(error, lifted) from None
+    # visible elements alone: of others a mod may have no derivative, and 0 times NaN would reach what it captures
+    visible = seen.expand_as(scores).nonzero(as_tuple=True)
+    inputs = {name: x.to(torch.int32) for name, x in zip(INDICES, visible, strict=True)} | {"score": scores[visible]}
+    values = evaluate([lifted.program.out], inputs, *arguments)[0].to(dtype)
+    return torch.full_like(scores, -torch.inf).index_put(visible, values.expand(len(visible[0])))

@@ -25,7 +25,6 @@ IDENTITIES = {
 _FLOAT_UNARY = {
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "sin", "cos", "tan", "asin", "acos",
     "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "sigmoid", "erf", "erfc", "reciprocal", "lgamma",
-    "digamma",
 }  # fmt: skip
 _ROUNDING = {"floor", "ceil", "round", "trunc"}
 _COMPARE = {"eq", "ne", "lt", "le", "gt", "ge"}
@@ -54,7 +53,7 @@ _OTHER = {
 }  # fmt: skip
 _KEPT = (
     IDENTITIES | _FLOAT_UNARY | _ROUNDING | _COMPARE | set(_LOGICAL) | set(_BITWISE) | _FLOAT_BINARY | _FILLS | _OTHER
-) - {"digamma"}
+)
 # pow with these exponents is a few multiplications, and part of the kernel's text
 SMALL_POWERS = {-3: "", -2: "", -1: "", 0: "", 1: "", 2: "", 3: "", 4: "", 0.5: "sqrt", -0.5: "rsqrt"}
 
@@ -75,7 +74,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table = {op: rule for op, rule in decomposition_table.items() if _base(op) not in _KEPT}
 
     def log_sigmoid_forward(x: Any) -> tuple[Any, Any]:
-        return torch.clamp_max(x, 0) - torch.log1p(torch.exp(-torch.abs(x))), x * 0
+        buffer = torch.exp(-torch.abs(x))  # what the derivative's rule takes it for off CUDA
+        return torch.clamp_max(x, 0) - torch.log1p(buffer), buffer
 
     table[aten.log_sigmoid_forward.default] = log_sigmoid_forward  # torch's makes a buffer of another shape on CUDA
     return table
@@ -119,6 +119,12 @@ def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> N
 
     if name in IDENTITIES:
         return builder.cast(env[arguments[0]], dtype)
+    if name == "detach_copy":
+        return make("detach", builder.cast(env[arguments[0]], dtype))
+    if name == "copy_":  # torch's rules write into a tensor that they have just made; what follows reads the result
+        return builder.cast(env[arguments[1]], dtype)
+    if name in ("empty_permuted", "empty_strided", "empty_like", "empty"):
+        return builder.constant(0, dtype)  # filled next
     if name in _FILLS:
         return _fill(name, arguments, options, builder, dtype, env)
     if name in ("_to_copy", "convert_element_type"):

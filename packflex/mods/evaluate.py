@@ -19,6 +19,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "floordiv": torch.floor_divide, "remainder": torch.remainder, "fmod": torch.fmod, "pow": torch.pow,
     "round": torch.round, "truncdiv": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
     "divided_by": lambda x, d, *_: torch.floor_divide(x, d),
+    "detach": torch.detach,
     "not": lambda x: torch.logical_not(x) if x.dtype == torch.bool else torch.bitwise_not(x),
 }  # fmt: skip
 
@@ -68,9 +69,11 @@ def evaluate(
             values[id(node)] = inputs[node.value]
         elif node.op in ("constant", "scalar"):
             number = node.value if node.op == "constant" else numbers[node.value]
-            values[id(node)] = torch.tensor(number, dtype=kind, device=device)
+            values[id(node)] = torch.full((), number, dtype=kind, device=device)  # no copy from the host, which syncs
         elif node.op == "read":
-            values[id(node)] = _read(node, captures[node.value], args, seen, inputs).to(kind)
+            table = captures[node.value]
+            table = table.to(kind) if table.requires_grad else table  # before, so that its gradient is summed in `kind`
+            values[id(node)] = _read(node, table, args, seen, inputs).to(kind)
         elif node.op == "cast":
             values[id(node)] = args[0] != 0 if kind == torch.bool else args[0].to(kind)
         else:

@@ -20,6 +20,7 @@ TYPES = {
     torch.int8: "tl.int8", torch.uint8: "tl.uint8", torch.uint16: "tl.uint16", torch.uint32: "tl.uint32",
     torch.bool: "tl.int1",
 }  # fmt: skip
+_NARROW = {torch.int16, torch.int8, torch.uint8, torch.uint16}
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">",
     "ge": ">=", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>",
@@ -93,6 +94,9 @@ class Printer:
                 continue
             if node.op in ("input", "scalar", "constant"):
                 continue
+            if node.op == "detach":  # for autograd alone
+                self.names[id(node)] = self.text(node.args[0])
+                continue
             name = f"{self.prefix}{self._printed}"
             self._printed += 1
             lines.append(Statement(name, self._expression(node, load_mask), _comment(node)))
@@ -104,7 +108,9 @@ class Printer:
         if node.op == "input":
             return self.inputs.get(node.value, node.value)
         if node.op == "scalar":
-            return f"{self.prefix}s{node.value}"
+            name = f"{self.prefix}s{node.value}"
+            # the argument is 32 or 64 bits wide, and arithmetic with it would be too
+            return f"{name}.to({TYPES[node.dtype]})" if node.dtype in _NARROW else name
         if node.op == "constant":
             return _constant(node)
         return self.names[id(node)]

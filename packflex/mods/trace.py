@@ -117,6 +117,11 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled and not args[0]:
+            raise ModError(
+                f"{_at(_user_line(), self.mod)}: a kernel has no torch.no_grad(); write .detach() on what gets no "
+                "gradient"
+            )
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         traced = any(isinstance(tensor, FakeTensor) for tensor in tensors)
@@ -492,7 +497,8 @@ def _second_pass(first: _FirstGraph, mod: Callable[..., Any], kind: str) -> tupl
 
 def _call(target: Any, args: Any, kwargs: Any) -> Any:
     if target in (aten.detach.default, aten.detach_.default):
-        return args[0].detach()
+        # an operation of its own: autograd's rules are full of plain detach, which means nothing here
+        return aten.detach_copy.default(args[0].detach())
     name = _op_name(target)
     if name in IDENTITIES and not kwargs.get("dtype"):
         return args[0]

@@ -278,9 +278,12 @@ def run_mod_case(
         kernel_options=kernel_options,
     )  # fmt: skip
     leaves = inputs.leaves | mods.captured
-    given = (inputs.grad_out, inputs.grad_lse.masked_fill(lse == -torch.inf, 0).to(lse.dtype))
-    found = torch.autograd.grad((out, lse), list(leaves.values()), given)
-    return Results(out.detach(), lse.detach(), dict(zip(leaves, found, strict=True)))
+    given = [(out, inputs.grad_out), (lse, inputs.grad_lse.masked_fill(lse == -torch.inf, 0).to(lse.dtype))]
+    given = [pair for pair in given if pair[0].requires_grad]  # of eager backends: not where a mod ignores all scores
+    outputs, weights = zip(*given, strict=True)
+    found = torch.autograd.grad(outputs, list(leaves.values()), weights, allow_unused=True)
+    grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves.values(), found, strict=True)]
+    return Results(out.detach(), lse.detach(), dict(zip(leaves, grads, strict=True)))
 
 
 def check_mod_case(

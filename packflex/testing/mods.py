@@ -42,7 +42,7 @@ def _case(name: str, **shape: Any) -> Callable[[Callable[[Maker], Mods]], Callab
 
 @_case("alibi", heads=3, kv_heads=1)
 def _alibi(m):
-    exponents = torch.tensor([4.0, 8.0, 2.0])  # of the paper's slopes for 3 heads
+    exponents = torch.tensor([4.0, 8.0, 2.0, 6.0, 1.0, 3.0])  # of the slopes of 3 heads, then others
     return Mods(
         score_mods.alibi(m.heads, m.device),
         formula=lambda score, b, h, q, kv: score - 2.0 ** -exponents[h] * (q - kv).abs(),
@@ -649,11 +649,10 @@ class _Gated(nn.Module):
     def __init__(self, table: Tensor, gate: Tensor) -> None:
         super().__init__()
         self.table = nn.Parameter(table)
-        self.inner = nn.Module()
-        self.inner.gate = nn.Parameter(gate)
+        self.inner = nn.ParameterDict({"gate": nn.Parameter(gate)})
 
     def forward(self, score, b, h, q, kv):
-        return score * torch.sigmoid(self.inner.gate[h]) + self.table[h, (q - kv).abs() % 7]
+        return score * torch.sigmoid(self.inner["gate"][h]) + self.table[h, (q - kv).abs() % 7]
 
 
 @_case("module")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from packflex.testing.mod_case import SMALL_TILES, check_mod_case, oracle_results, run_mod_case
+from packflex.testing.mod_case import SMALL_TILES, check_mod_case, run_mod_case
 from packflex.testing.mods import mod_cases
 
 CASES = {case.name: case for case in mod_cases()}
@@ -34,19 +34,18 @@ def test_reference(name):
     check_mod_case(CASES[name], "reference")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+# Triton's interpreter multiplies bfloat16 wrongly; tests/gpu has every case in it
 @pytest.mark.parametrize("name", ["t5-encoder", "three-captures", "mask-dilated-learned", "one-tensor-thrice"])
-def test_half_types(name, dtype):
-    check_mod_case(CASES[name], "triton", dtype=dtype, kernel_options=SMALL_TILES)
+def test_float16(name):
+    check_mod_case(CASES[name], "triton", dtype=torch.float16, kernel_options=SMALL_TILES)
 
 
 @pytest.mark.parametrize(
-    "name", ["t5-decoder", "three-captures", "mask-per-head-learned", "exp-log", "capture-float64"]
+    "name", ["softcap", "distance-penalty", "float64-scalars", "mask-dilated", "capture-float64", "minus-infinity"]
 )
 def test_reference_in_float64(name):
-    """float64 inputs are computed in float64, so that the reference itself can be judged to 12 digits."""
-    case = dataclasses.replace(CASES[name])
-    check_mod_case(case, "reference", dtype=torch.float64)
+    """float64 is computed in float64, so that the reference and the oracle judge one another to 12 digits."""
+    check_mod_case(CASES[name], "reference", dtype=torch.float64)
 
 
 # a gradient of every place that sums have (rows, columns, elements), alone and several into one tensor, and lists
@@ -59,20 +58,14 @@ DETERMINISTIC = [
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_deterministic(name):
-    case = CASES[name]
+    case = dataclasses.replace(CASES[name], rows=((20, 5),), q_len=37, kv_len=None)
     first = check_mod_case(case, "triton", deterministic=True, kernel_options=SMALL_TILES)
     second = run_mod_case(case, "triton", deterministic=True, kernel_options=SMALL_TILES)
     assert all(torch.equal(a, b) for a, b in zip(first.tensors(), second.tensors(), strict=True))
 
 
-@pytest.mark.parametrize(
-    "options", [{"forward_block_m": 16, "dkdv_block_n": 16, "dq_block_m": 64}, SMALL_TILES], ids=str
-)
-@pytest.mark.parametrize("name", ["alibi-learned", "head-gate", "mask-dilated-learned", "mask-per-head-learned"])
-def test_a_query_head_group_in_one_tile_or_not(name, options):
-    """Eight query heads of one key head, with gradients of captured tensors and without."""
-    case = dataclasses.replace(CASES[name], heads=8, kv_heads=1, q_len=37, rows=((20, 5), (30,)))
-    check_mod_case(case, "triton", kernel_options=options)
-    found = run_mod_case(case, "triton", kernel_options=options, seed=1)
-    exact = oracle_results(case, torch.float32, 1)
-    torch.testing.assert_close(found.out, exact.out.float(), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("name", ["alibi", "alibi-learned", "mask-dilated", "mask-per-head"])
+def test_six_heads_of_a_group(name):
+    """Tiles hold several heads of a group, unless captured gradients or a mask of their own for each head forbid it."""
+    case = dataclasses.replace(CASES[name], heads=6, kv_heads=1, q_len=37, kv_len=None, rows=((20, 5),), block_size=32)
+    check_mod_case(case, "triton", kernel_options={"forward_block_m": 64, "dkdv_block_n": 16, "dq_block_m": 16})

@@ -48,7 +48,8 @@ DETERMINISTIC = [
 # torch cannot differentiate a tensor that is read twice; what is here it can
 AGAINST_TORCH = [
     "alibi-learned", "t5-encoder", "softcap", "head-gate", "bias-qk", "two-tables", "where-both-branches",
-    "index-arithmetic", "capture-bool", "documents-of-a-score", "mask-dilated", "mask-per-head", "mask-documents-dilated",
+    "index-arithmetic", "capture-bool", "documents-of-a-score", "mask-dilated", "mask-per-head",
+    "mask-documents-dilated",
 ]  # fmt: skip
 MASKED = [name for name, case in CASES.items() if case.mods().mask_mod is not None]
 

@@ -4,8 +4,8 @@
     python scripts/aot_check_mods.py --only alibi strided --dims 128
 
 For each kernel the tile that would run: the first of the tables' that spills (almost) nothing, else the one that spills
-least. A wgmma that ptxas serialises is a fault, and so are spills, but for some in dK/dV, whose fastest tiles have them,
-and for the gradients of tables that differ from element to element (`relative_bias`), whose dQ kernel sums in the tile.
+least. A wgmma that ptxas serialises is a fault, and so are spills, but for some in dK/dV, whose fastest tiles have
+them, and for the gradients of tables that differ from element to element (`relative_bias`), which dQ sums in its tile.
 """
 
 from __future__ import annotations

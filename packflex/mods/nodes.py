@@ -110,8 +110,8 @@ class Builder:
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         """The node in another type; itself when it has it.
 
-        A distance of two indices becomes float32 before it is taken: a subtraction of two rows of floats in place of one
-        of integers and a conversion for each element. It is exact for indices below `EXACT_INDICES`.
+        A distance of two indices becomes float32 before it is taken: a subtraction of two rows of floats in place of
+        one of integers and a conversion for each element. It is exact for indices below `EXACT_INDICES`.
         """
         if node.dtype == dtype:
             return node

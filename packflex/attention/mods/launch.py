@@ -162,10 +162,9 @@ def fitted_tile(tile: Tile, heads: int, mask_tile: tuple[int, int]) -> Tile:
 def candidate_tiles(
     name: str, dtype: torch.dtype, head_dim: int, capability: int, softcap: bool, long: bool, score: Program | None
 ) -> list[Tile]:
-    """Tiles of "forward", "dkdv" or "dq" to try in order: the tables', then leaner ones for mods that take registers."""
-    tables = [
-        default_tiles(dtype, head_dim, capability, *at) for at in ((softcap, long), (softcap, False), (True, False))
-    ]
+    """Tiles of "forward", "dkdv" or "dq" to try in order: the tables', then leaner ones for mods of many registers."""
+    kinds = ((softcap, long), (softcap, False), (True, False))
+    tables = [default_tiles(dtype, head_dim, capability, *kind) for kind in kinds]
     tiles = list(dict.fromkeys(getattr(table, name) for table in tables))
     if dtype != torch.float32 and head_dim <= 128 and capability // 10 in (9, 10):
         if name == "forward" and head_dim > 64 and long and _is_busy(score):

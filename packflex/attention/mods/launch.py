@@ -33,12 +33,11 @@ from packflex.mods.printer import arguments
 # Between the tables' tiles for long spans and those for short ones, on Hopper: as many keys, fewer queries at a time
 _LEAN_DKDV, _LEAN_DQ = Tile(32, 128, 8, 3), Tile(128, 32, 8, 3)
 _LEAN_AMPERE = KernelTiles(Tile(64, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2))
-# Registers a thread may spill in a tile that is taken all the same; these tiles of dK/dV are the faster ones with some
+# Where a mod computes this many nodes for each element, 4 warps of 64 rows are faster than 8 of 128
+_BUSY, _BUSY_FORWARD = 3, Tile(64, 64, 4, 3)
+# Registers a thread may spill in a tile that is taken all the same; more of them in tiles that were measured with them
 _FEW_SPILLS, _SOME_SPILLS = 8, 64
-_WORTH_SPILLS = {Tile(32, 64, 4, 3), _LEAN_DKDV}
-# More warps that wait for one another hide what a mod computes: 4 warps of 64 rows instead of 8 of 128
-_BUSY_FORWARD = Tile(64, 64, 4, 3)
-_BUSY = 3
+_WORTH_SPILLS = {Tile(32, 64, 4, 3), _LEAN_DKDV, _BUSY_FORWARD}
 # Bits that a 64-bit sum of a deterministic backward has for one contribution and all that are added to it
 _SUM_BITS = 62
 

@@ -26,7 +26,7 @@ MASKS = {name: case for name, case in CASES.items() if name.startswith(("mask-",
 DOCUMENTS = {"documents-of-a-mask", "documents-of-ids", "mask-per-document", "mask-documents-dilated"}
 INTERVALS = {"documents-of-a-mask", "mask-causal", "mask-prefix", "mask-lengths"}
 # (Q_LEN, KV_LEN, BLOCK_SIZE); masks of documents take Q_LEN for both
-SHAPES = [(200, 200, 64), (77, 300, (64, 32)), (257, 129, 128), (63, 111, 16)]
+SHAPES = [(150, 150, 64), (77, 200, (64, 32)), (257, 129, 128)]
 
 
 def sized(name, q_len, kv_len, block):
@@ -64,8 +64,9 @@ def test_lists_equal_torch(name, shape):
     assert_same_lists(by_tile_kernel(mods.mask_mod, sizes, ours.BLOCK_SIZE), theirs)
 
 
-@pytest.mark.parametrize("block", [16, 32, 128, (64, 32), (32, 64), (48, 80)], ids=str)
-@pytest.mark.parametrize(("batch", "heads"), [(None, None), (2, None), (None, 3), (2, 3)])
+@pytest.mark.parametrize(
+    ("batch", "heads", "block"), [(None, None, 16), (2, None, 32), (None, 3, (64, 32)), (2, 3, (48, 80)), (2, 2, 128)]
+)
 def test_batch_and_heads(batch, heads, block):
     lengths = torch.tensor([90, 41])
 
@@ -212,7 +213,7 @@ LENGTHS = st.integers(1, 60)
 BLOCKS = st.sampled_from([(16, 16), (32, 16), (16, 64)])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 @given(bools(), LENGTHS, LENGTHS, BLOCKS)
 def test_any_expression(expression, q_len, kv_len, tile):
     def mask_mod(b, h, q_idx, kv_idx):
@@ -224,7 +225,7 @@ def test_any_expression(expression, q_len, kv_len, tile):
     assert_lists_are(by_tile_kernel(mask_mod, shape, tile), dense)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=60)
 @given(interval_masks(), LENGTHS, LENGTHS, BLOCKS)
 def test_random_intervals(mask_mod, q_len, kv_len, tile):
     shape = (2, 1, q_len, kv_len)

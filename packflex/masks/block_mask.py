@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from packflex.layout import is_on
-from packflex.masks.intervals import tile_ranges
+from packflex.masks.intervals import tile_ranges, visited_tiles
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 DEFAULT_BLOCK_SIZE = 128
@@ -210,10 +210,10 @@ class BlockMask:
         """bool [B, H, T_q, T_kv] twice: partly visible tiles, wholly visible tiles."""
         columns = -(-self.seq_lengths[1] // self.BLOCK_SIZE[1])
         if self.kv_intervals is not None:
-            first, full_first, full_last, last = self.kv_ranges[..., None].unbind(-2)
+            _, full_first, full_last, _ = self.kv_ranges[..., None].unbind(-2)
             tile = torch.arange(columns, device=self.device)
             full = (tile >= full_first) & (tile < full_last)
-            partial = (tile >= first) & (tile < last) & ~full
+            partial = visited_tiles(self.kv_intervals, *self.BLOCK_SIZE, columns) & ~full
             batch, _, *tiles = full.shape
             return partial.expand(batch, self._heads, *tiles), full.expand(batch, self._heads, *tiles)
         assert self._known_kv_lists is not None

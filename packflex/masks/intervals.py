@@ -115,3 +115,22 @@ def tile_ranges(intervals: Tensor, rows_per_tile: int, columns_per_tile: int) ->
     full_first = torch.where(has_full, full_first, last)
     full_last = torch.where(has_full, full_last, last)
     return torch.stack([first, full_first, full_last, last], dim=-1)[:, None].to(torch.int32)
+
+
+def visited_tiles(intervals: Tensor, rows_per_tile: int, columns_per_tile: int, columns: int) -> Tensor:
+    """bool [B, 1, T, columns]: whether some row of a tile sees some column of a tile.
+
+    `tile_ranges` takes a tile's first and last row for all of it, which visits too much where rows see nothing or where
+    intervals of neighbours do not meet. Arguments as there, with the number of tiles of columns.
+    """
+    lo, hi = intervals.long()
+    batch, seq_len = lo.shape
+    tiles = -(-seq_len // rows_per_tile)
+    first = lo // columns_per_tile
+    end = torch.where(hi > lo, -(-hi // columns_per_tile), first)
+    start = torch.arange(seq_len, device=lo.device) // rows_per_tile * (columns + 1)
+    one = torch.ones_like(first, dtype=torch.int32)
+    rows = torch.zeros(batch, tiles * (columns + 1), dtype=torch.int32, device=lo.device)
+    rows.scatter_add_(1, start + first, one).scatter_add_(1, start + end, -one)
+    counts = rows.view(batch, 1, tiles, columns + 1).cumsum(-1, dtype=torch.int32)
+    return counts[..., :columns] > 0

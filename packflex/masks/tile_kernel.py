@@ -77,7 +77,7 @@ def launch_tile_lists(
             *arguments(lifted.program, captures, lifted.numbers),
             **tile_constants(tile), num_warps=4,
         )  # fmt: skip
-    return _lists(state, tiles_kv, 1), _lists(state, 1, tiles_kv)
+    return _lists(state, transposed=False), _lists(state, transposed=True)
 
 
 def tile_constants(tile: tuple[int, int]) -> dict[str, int]:
@@ -87,10 +87,11 @@ def tile_constants(tile: tuple[int, int]) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "PART_M": part_m, "CHUNK": _CHUNK}
 
 
-def _lists(state: Tensor, row_stride: int, column_stride: int) -> BlockLists:
-    """Lists of the rows (or, with the strides exchanged, the columns) of states [B, H, T_q, T_kv]."""
+def _lists(state: Tensor, transposed: bool) -> BlockLists:
+    """Lists of the rows (or, transposed, the columns) of states [B, H, T_q, T_kv]."""
     batch, heads, tiles_q, tiles_kv = state.shape
-    rows, columns = (tiles_q, tiles_kv) if column_stride == 1 else (tiles_kv, tiles_q)
+    rows, columns = (tiles_kv, tiles_q) if transposed else (tiles_q, tiles_kv)
+    row_stride, column_stride = (1, tiles_kv) if transposed else (tiles_kv, 1)
     counts = torch.empty((2, batch, heads, rows), dtype=torch.int32, device=state.device)
     indices = torch.empty((2, batch, heads, rows, columns), dtype=torch.int32, device=state.device)
     _compact_kernel[(rows, batch * heads)](

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from packflex import masks, score_mods
-from packflex.masks import document_mask
+from packflex.masks import BlockMask, document_mask
+from packflex.masks.block_mask import lists_of_tiles
 from packflex.testing.mod_case import Maker, ModCase, Mods
 from packflex.testing.oracle import dense_document_mask
 
@@ -42,7 +43,7 @@ def _case(name: str, **shape: Any) -> Callable[[Callable[[Maker], Mods]], Callab
 
 @_case("alibi", heads=3, kv_heads=1)
 def _alibi(m):
-    exponents = torch.tensor([4.0, 8.0, 2.0, 6.0, 1.0, 3.0])  # of the slopes of 3 heads, then others
+    exponents = torch.tensor({3: [4.0, 8.0, 2.0], 6: [2.0, 4.0, 6.0, 8.0, 1.0, 3.0]}[m.heads])
     return Mods(
         score_mods.alibi(m.heads, m.device),
         formula=lambda score, b, h, q, kv: score - 2.0 ** -exponents[h] * (q - kv).abs(),
@@ -820,3 +821,20 @@ _mask(
     rows=((), ()),
 )
 _mask("decode", lambda m: lambda b, h, q, kv: kv % 3 != 1, learned=True, q_len=1, kv_len=111, rows=((), (1,)))
+
+
+@_case("mask-of-another-library", q_len=77, kv_len=63, heads=3, kv_heads=1)
+def _mask_of_another_library(m):
+    """Lists whose wholly visible tiles reach past both lengths, and torch's tensors in place of ours."""
+    bias, causal = m.floats(m.heads, m.kv_len), torch.ones(m.q_len, m.kv_len, dtype=torch.bool).tril(20)
+
+    def blocks():
+        rows, columns = -(-m.q_len // 32), -(-m.kv_len // 32)
+        room = (0, columns * 32 - m.kv_len, 0, rows * 32 - m.q_len)
+        tiles = nn.functional.pad(causal, room, value=True).unflatten(0, (rows, 32)).unflatten(2, (columns, 32))
+        full = tiles.all(3).all(1)
+        partial = tiles.any(3).any(1) & ~full
+        lists = lists_of_tiles(partial[None, None].to(m.device), full[None, None].to(m.device))
+        return BlockMask.from_kv_blocks(*lists, 32, lambda b, h, q, kv: q + 20 >= kv, (m.q_len, m.kv_len))
+
+    return Mods(lambda score, b, h, q, kv: score + bias[h, kv], None, {"bias": bias}, blocks, seen=causal)

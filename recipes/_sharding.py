@@ -50,8 +50,9 @@ class ShardedCausalLMModule(CausalLMModule):
         """Shard the model over the data-parallel ranks, once."""
         if isinstance(self.model, FSDPModule):
             return
-        # Computes and gathers in bf16, adds gradients up in float32, keeps weights in float32.
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # Computes and gathers in the trainer's dtype, adds gradients up in float32, keeps weights in float32.
+        dtype = torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else None
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
         kinds = set(self.model._no_split_modules or ())
         for layer in [m for m in self.model.modules() if type(m).__name__ in kinds]:

@@ -1,0 +1,43 @@
+"""`trainer=fsdp` (FSDP2) on CPUs: a sharded checkpoint of one number of ranks goes on on another."""
+
+import pytest
+
+from packflex.testing.ranks import run_ranks
+from tests.parallel import scenarios
+from tests.parallel.scenarios import STEPS, STOP, checkpoint_of, found, play
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Whole runs on one and on two ranks, and the rest of each on the other number."""
+    place = tmp_path_factory.mktemp("sharded")
+    scenarios.make_place(place)
+    run_ranks(play, 1, ["fsdp"], 1, "cpu", place)
+    run_ranks(play, 2, ["fsdp", "fsdp_from_1", "context_parallel"], 2, "cpu", place)
+    run_ranks(play, 1, ["fsdp_from_2"], 1, "cpu", place)
+    return place
+
+
+def test_one_and_two_ranks_have_the_same_losses(place):
+    one, two = found(place, 1, "fsdp"), found(place, 2, "fsdp")
+    assert one["steps"] == two["steps"] == list(range(STEPS))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["heldout"] == pytest.approx(one["heldout"], rel=1e-4)
+    assert min(abs(a / b - 1) for a, b in zip(one["losses"], one["losses"][1:], strict=False)) > 1e-3, "weights move"
+
+
+@pytest.mark.parametrize("began", [1, 2])
+def test_a_checkpoint_goes_on_on_another_number_of_ranks(place, began):
+    assert (checkpoint_of(place, began) / ".metadata").is_file(), "a folder that every rank wrote its part of"
+    whole, rest = found(place, began, "fsdp"), found(place, 3 - began, f"fsdp_from_{began}")
+    assert rest["steps"] == list(range(STOP, STEPS))
+    assert rest["losses"] == pytest.approx(whole["losses"][STOP:], rel=1e-4)
+    assert rest["heldout"] == pytest.approx(whole["heldout"], rel=1e-4)
+
+
+def test_context_parallel_logits_and_gradients(place):
+    errors = found(place, 2, "context_parallel")
+    assert errors["moves"], "nothing would be exchanged otherwise"
+    assert max(errors[name] for name in ("logits", "loss", "gradients")) < 1e-5

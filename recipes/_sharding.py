@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
 from packflex.integrations.lightning import CausalLMModule
+from packflex.parallel.fsdp import shard_model
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -47,17 +48,11 @@ class ShardedCausalLMModule(CausalLMModule):
         super().__init__(*arguments, loss=loss, **options)
 
     def configure_model(self) -> None:
-        """Shard the model over the data-parallel ranks, once."""
+        """Shard the model over the data-parallel ranks, once; it computes in the trainer's dtype."""
         if isinstance(self.model, FSDPModule):
             return
-        # Computes and gathers in the trainer's dtype, adds gradients up in float32, keeps weights in float32.
         dtype = torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else None
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
-        kinds = set(self.model._no_split_modules or ())
-        for layer in [m for m in self.model.modules() if type(m).__name__ in kinds]:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(self.model, mesh=mesh, mp_policy=policy)
+        shard_model(self.model, self.device_mesh["data_parallel"], dtype)  # type: ignore[index]
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """From one GPU to two: real tokens a second under DDP and FSDP2, and what cost-balanced rows gain on long-tailed data.
 
-    python scripts/bench_scaling.py --out outputs/scaling                           # 135M parameters, all GPUs there are
+    python scripts/bench_scaling.py --out outputs/scaling                       # 135M parameters, all GPUs there are
     python scripts/bench_scaling.py --out /tmp/scaling --ranks 2 --device cpu --model tiny --seq-len 128 \
-        --long-seq-len 256 --steps 2 --warmup 1                                     # the same on a CPU, to see it run
+        --long-seq-len 256 --steps 2 --warmup 1                                 # the same on a CPU, to see it run
 
 Each rank trains on its own `--rows` packed rows of instruction lengths, so twice the GPUs do twice the work a step.
 The long-tailed part has one row a rank. Its rows are the same in both orders; "slowest / mean" is the time of forward
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -92,7 +91,9 @@ class Trainee:
     """A model with its optimizer, and training steps on batches from the host."""
 
     def __init__(self, how: str, arguments: argparse.Namespace, compiled: bool, mesh: DeviceMesh | None) -> None:
-        self.device = torch.device(arguments.device, torch.cuda.current_device() if arguments.device == "cuda" else None)
+        self.device = torch.device(
+            arguments.device, torch.cuda.current_device() if arguments.device == "cuda" else None
+        )
         cuda = self.device.type == "cuda"
         config = LlamaConfig(
             **MODELS[arguments.model], max_position_embeddings=arguments.long_seq_len, tie_word_embeddings=True
@@ -257,12 +258,16 @@ def work(rank: int, ranks: int, arguments: argparse.Namespace) -> None:
                 batches = batches_of(loader(), steps, device == "cuda")
                 found = [{"part": part, "ranks": 1, **timed_steps(trainee, batches, arguments.warmup, together=False)}]
         else:
-            trainee = Trainee("fsdp" if part == "fsdp" else "ddp", arguments, compiled, whole if part == "fsdp" else None)
+            trainee = Trainee(
+                "fsdp" if part == "fsdp" else "ddp", arguments, compiled, whole if part == "fsdp" else None
+            )
             if part == "long":
                 found = [{"ranks": ranks, **result} for result in long_tailed(trainee, arguments, rank, ranks)]
             else:
                 batches = batches_of(loader(rank=rank, world_size=ranks), steps, device == "cuda")
-                found = [{"part": part, "ranks": ranks, **timed_steps(trainee, batches, arguments.warmup, together=True)}]
+                found = [
+                    {"part": part, "ranks": ranks, **timed_steps(trainee, batches, arguments.warmup, together=True)}
+                ]
         trainee = None  # type: ignore[assignment]
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -270,7 +275,11 @@ def work(rank: int, ranks: int, arguments: argparse.Namespace) -> None:
         if rank == 0:
             results += [{"compiled": compiled, **result} for result in found]
             write(arguments.out, about, results, table(results))
-            print(f"{part}{', compiled' * compiled}: done at {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{part}{', compiled' * compiled}: done at {time.perf_counter() - began:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -321,7 +330,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--long-seq-len", type=int, default=32768, help="tokens of a long-tailed row")
     parser.add_argument("--long-steps", type=int, default=24, help="timed steps of each order")
     parser.add_argument("--pool", type=int, default=2000, help="long-tailed rows that those of the steps come from")
-    parser.add_argument("--backend", choices=("hopper", "triton", "torch", "reference"), help="packflex's; default best")
+    parser.add_argument(
+        "--backend", choices=("hopper", "triton", "torch", "reference"), help="packflex's; default best"
+    )
     parser.add_argument("--limit", type=float, default=300, help="seconds for everything")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

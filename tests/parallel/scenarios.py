@@ -50,9 +50,9 @@ def make_place(place):
     tokenizer = train_tokenizer([r["prompt"] + r["completion"] for r in records], 300, place / "cache")
     tokenizer.save_pretrained(place / "model")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    build_model(
-        architecture={"model_type": "llama", "vocab_size": None} | sizes, tokenizer=tokenizer
-    ).save_pretrained(place / "model")
+    build_model(architecture={"model_type": "llama", "vocab_size": None} | sizes, tokenizer=tokenizer).save_pretrained(
+        place / "model"
+    )
 
 
 def play(rank, names, ranks, device, place):
@@ -123,7 +123,8 @@ def checkpoint_of(place, ranks):
 def _sharded_run(ranks, device, place, out, checkpoint=None):
     settings = [
         "data=jsonl", f"data.path={place}/train.jsonl", f"model.path={place}/model", "callbacks=quiet",
-        "packing.seq_len=64", f"packing.batch_size={GLOBAL_BATCH // ranks}", "heldout.limit=4", "sample.max_new_tokens=4",
+        "packing.seq_len=64", f"packing.batch_size={GLOBAL_BATCH // ranks}", "heldout.limit=4",
+        "sample.max_new_tokens=4",
         "trainer=fsdp", f"trainer.devices={ranks}", f"trainer.max_steps={STEPS}", "trainer.max_epochs=null",
         "trainer.log_every_n_steps=1", "optimizer.lr=5e-3", f"callbacks.checkpoint.every_n_train_steps={STOP}",
         "callbacks.checkpoint.save_top_k=-1", f"paths.output_dir={out}", f"paths.cache_dir={place}/cache",

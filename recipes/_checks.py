@@ -171,17 +171,34 @@ def check_sharing(config: DictConfig, trainer: L.Trainer) -> None:
 
 
 def check_single_run(trainer: L.Trainer) -> None:
-    """Refuse a multirun over several devices.
+    """Refuse a multirun over several devices whose ranks Lightning would start; those of SLURM or torchrun are there.
 
     Raises:
         SetupError: with the reason.
     """
-    if trainer.world_size > 1 and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN or trainer.world_size == 1:
+        return
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is None or not environment.creates_processes_externally:
         raise SetupError(
             f"--multirun with {trainer.world_size} devices: Lightning starts each further rank with this command line, "
-            "--multirun included, so every rank would run a sweep of its own; start one run for each setting, or use "
-            "trainer.devices=1"
+            "--multirun included, so every rank would run a sweep of its own; start one run for each setting, use "
+            "trainer.devices=1, or a launcher that starts the ranks (hydra/launcher=slurm)"
         )
+
+
+def launcher_error(error: RuntimeError) -> str | None:
+    """What went wrong with the jobs of submitit, in one line; None for an error of something else."""
+    text = str(error)
+    if 'Could not detect "srun"' in text:
+        return "hydra/launcher=slurm: there is no srun here; start the sweep on a machine that submits to SLURM"
+    if not type(error).__module__.startswith("submitit."):
+        return None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line for line in lines if re.match(r"\w+: error: ", line)]
+    logs = [line.removeprefix("- ") for line in lines if line.endswith((".err", ".out"))]
+    reason = said[0].split(": error: ", 1)[1] if said else lines[0]
+    return f"a job of the sweep failed: {reason}" + (f" (output: {logs[0]})" if logs else "")
 
 
 def fill_in(config: DictConfig, trainer: L.Trainer, rows: int) -> None:
@@ -236,6 +253,13 @@ def one_line_of(error: BaseException) -> str:
         r"there is no setting \1; --cfg job shows all of them (\2 adds one)",
         text,
     )
+    if "Could not load 'hydra/launcher/submitit" in text:
+        text += " It is part of an extra: pip install packflex[slurm]"
+    if "${trainer.devices}" in text and "could not be converted to Integer" in text:
+        text = (
+            "hydra/launcher=slurm asks for as many GPUs on each node as there are trainer.devices, which must be a "
+            "number then: trainer.devices=4"
+        )
     text = re.sub(r"^In '[\w/]+': ", "", text).replace(" Available options", "; available options")
     return _OPTION.sub(_as_setting, text)
 

@@ -245,6 +245,8 @@ def work(index: int, jobs: Any, results: Any, corpus: Corpus, arguments: argpars
     device = torch.device(arguments.device, index if arguments.device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # threads that wait for one another in several processes take ten times as long
     while True:
         try:
             way, seed = jobs.get_nowait()

@@ -56,11 +56,12 @@ def _started_elsewhere() -> ClusterEnvironment | None:
 def _first_ranks(environment: ClusterEnvironment, value: str) -> str:
     """The first rank's value, on every rank."""
     first = environment.global_rank() == 0
-    if isinstance(environment, TorchElasticEnvironment):
-        store = TCPStore(environment.main_address, environment.main_port, is_master=False, timeout=_WAIT)
-    else:  # the port itself is for training
-        port = environment.main_port + 1
-        store = TCPStore(environment.main_address, port, is_master=first, timeout=_WAIT, wait_for_workers=False)
+    # the store that training will use: torchrun's own where it keeps one, else one that the first rank opens for both
+    serves = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = TCPStore(
+        environment.main_address, environment.main_port, is_master=serves, timeout=_WAIT, wait_for_workers=False,
+        multi_tenant=True,
+    )  # fmt: skip
     _kept.append(store)
     job = HydraConfig.get().job.num if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN else 0
     key = f"packflex/{job}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"

@@ -103,7 +103,7 @@ def test_tasks_and_devices_must_agree(monkeypatch):
 @pytest.mark.slow
 def test_torchrun_s_ranks_share_each_job_and_its_folder(place, tmp_path):
     """Each rank names its folder in its own way here, as clocks do."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     settings = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2"]
     folder = f"hydra.sweep.dir={tmp_path}/${{oc.env:RANK}}"
     done = sweep(place, *settings, "trainer.max_epochs=null", "seed=0,1", folder, start=start)

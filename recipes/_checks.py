@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ def check_settings(config: DictConfig) -> None:
     for name, known in (("loss_weighting", WEIGHTINGS), ("loss", LOSSES)):
         if config.module[name] not in known:
             raise SetupError(f"module.{name}={config.module[name]} must be one of {', '.join(known)}")
+    if config.module.loss == "liger":
+        if config.trainer.accelerator == "cpu":
+            raise SetupError("module.loss=liger is a GPU kernel; use module.loss=chunked, or trainer=gpu")
+        if find_spec("liger_kernel") is None:
+            raise SetupError("module.loss=liger needs `pip install packflex[liger]`; module.loss=chunked needs nothing")
     backend = config.attention.backend
     if backend is not None and backend not in BACKENDS:
         raise SetupError(f"attention.backend={backend} must be one of {', '.join(BACKENDS)}, or null for the best one")
@@ -94,20 +100,18 @@ def check_checkpoint(path: str | None, max_steps: int) -> int:
     """Refuse a checkpoint that a run cannot go on from, before the data is read.
 
     Returns:
-        Optimizer steps done so far: 0 without a checkpoint, and for a sharded one, whose files are not read here.
+        Optimizer steps done so far, 0 without a checkpoint.
 
     Raises:
         SetupError: no such file or (sharded) folder, a file that is no checkpoint, or one of a run that is over.
     """
     if path is None:
         return 0
-    if Path(path).is_dir():
-        if not (Path(path) / ".metadata").is_file():
-            raise SetupError(
-                f"{path}: a folder that is no sharded checkpoint; ckpt_path is a file such as checkpoints/last.ckpt, "
-                "or the folder that trainer=fsdp wrote in its place"
-            )
-        return 0
+    if Path(path).is_dir() and not (Path(path) / ".metadata").is_file():
+        raise SetupError(
+            f"{path}: a folder that is no sharded checkpoint; ckpt_path is a file such as checkpoints/last.ckpt, or "
+            "the folder that trainer=fsdp wrote in its place"
+        )
     if not Path(path).exists():
         raise SetupError(
             f"{path}: no such checkpoint; ckpt_path is a file that a run wrote, such as checkpoints/last.ckpt"
@@ -142,8 +146,23 @@ def check_same_model(path: str | None, module: L.LightningModule) -> None:
             )
 
 
+def check_sharded(path: str | None, trainer: L.Trainer) -> None:
+    """Refuse a sharded checkpoint where the run is not.
+
+    Raises:
+        SetupError: with the reason.
+    """
+    if path is not None and Path(path).is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
+        raise SetupError(
+            f"{path}: a sharded checkpoint, which only trainer=fsdp goes on from, on one device too: trainer=fsdp "
+            "trainer.devices=1"
+        )
+
+
 def _loaded(path: str) -> dict[str, Any]:
-    """A checkpoint whose tensors stay on the disk."""
+    """A checkpoint whose tensors stay on the disk; of a sharded one, what is not sharded."""
+    if Path(path).is_dir():
+        path = f"{path}/meta.pt"
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 

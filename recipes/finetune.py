@@ -30,6 +30,7 @@ from _checks import (
     check_checkpoint,
     check_same_model,
     check_settings,
+    check_sharded,
     check_sharing,
     check_single_run,
     fill_in,
@@ -100,6 +101,7 @@ def finetune(config: DictConfig) -> RunSummary:
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),  # else Lightning adds one of its own
     )
     check_single_run(trainer)
+    check_sharded(config.ckpt_path, trainer)
     check_sharing(config, trainer)
 
     data = prepare(config)

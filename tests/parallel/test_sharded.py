@@ -1,10 +1,14 @@
 """`trainer=fsdp` (FSDP2) on CPUs: a sharded checkpoint of one number of ranks goes on on another."""
 
+import lightning as L
 import pytest
 
+from packflex.models import SetupError
 from packflex.testing.ranks import run_ranks
 from tests.parallel import scenarios
 from tests.parallel.scenarios import STEPS, STOP, checkpoint_of, found, play
+
+from _checks import check_checkpoint, check_sharded  # isort: skip  # scenarios put the recipes on the path
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")]
 
@@ -35,6 +39,16 @@ def test_a_checkpoint_goes_on_on_another_number_of_ranks(place, began):
     assert rest["steps"] == list(range(STOP, STEPS))
     assert rest["losses"] == pytest.approx(whole["losses"][STOP:], rel=1e-4)
     assert rest["heldout"] == pytest.approx(whole["heldout"], rel=1e-4)
+
+
+def test_what_a_sharded_checkpoint_is_refused_for(place, tmp_path):
+    checkpoint = checkpoint_of(place, 2)
+    assert check_checkpoint(str(checkpoint), -1) == STOP
+    with pytest.raises(SetupError, match=rf"has done its {STOP} steps, and trainer\.max_steps={STOP}; raise"):
+        check_checkpoint(str(checkpoint), STOP)
+    alone = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_steps=1)
+    with pytest.raises(SetupError, match="a sharded checkpoint, which only trainer=fsdp goes on from"):
+        check_sharded(str(checkpoint), alone)
 
 
 def test_context_parallel_logits_and_gradients(place):

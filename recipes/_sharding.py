@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,27 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Count the devices, which are known by now."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write beside, then rename: a run that is killed meanwhile leaves no mixture of two checkpoints."""
+        path = Path(self.broadcast(filepath))
+        aside = path.with_name(f".{path.name}.writing")
+        if self.is_global_zero:
+            _remove(aside)
+        self.barrier()
+        super().save_checkpoint(checkpoint, aside, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            _remove(path)
+            aside.rename(path)
+        self.barrier()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class ShardedCausalLMModule(CausalLMModule):

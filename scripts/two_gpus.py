@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP", help=", ".join(STEPS))
-    parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
+    parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
     parser.add_argument("--small", action="store_true", help="tiny sizes on a CPU")
     return parser.parse_args()
 

@@ -8,8 +8,10 @@ import warnings
 from pathlib import Path
 
 import lightning as L
+import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +23,7 @@ from packflex.losses import next_token_loss
 from packflex.models import build_model
 from packflex.parallel.layout import shard_batch
 from packflex.report import read_metrics
+from packflex.testing.ranks import run_ranks
 from packflex.testing.tolerances import relative_error
 from tests.integrations.test_lightning import SEQ_LEN, CountSteps, packed_rows
 
@@ -65,8 +68,25 @@ def play(rank, names, ranks, device, place):
             torch.save(found, place / f"{ranks}-{name}.pt")
 
 
+def play_all(place, ranks, names, device, timeout):
+    """Play in as few processes as there can be: those after a scenario that fails start anew."""
+    names = list(names)
+    while names:
+        try:
+            run_ranks(play, ranks, names, ranks, device, place, device=device, timeout=timeout)
+            return
+        except (TimeoutError, mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            failed = next((name for name in names if not (place / f"{ranks}-{name}.pt").exists()), names[-1])
+            (place / f"{ranks}-{failed}.error").write_text(str(error))
+            names = names[names.index(failed) + 1 :]
+
+
 def found(place, ranks, name):
-    return torch.load(place / f"{ranks}-{name}.pt")
+    """What a scenario found, or a failure with what it died of."""
+    if not (path := place / f"{ranks}-{name}.pt").exists():
+        error = path.with_suffix(".error")
+        pytest.fail(error.read_text() if error.exists() else f"{name} on {ranks} ranks was not played", pytrace=False)
+    return torch.load(path)
 
 
 def losses(rank, ranks, device, place):

@@ -4,9 +4,8 @@ import lightning as L
 import pytest
 
 from packflex.models import SetupError
-from packflex.testing.ranks import run_ranks
 from tests.parallel import scenarios
-from tests.parallel.scenarios import STEPS, STOP, checkpoint_of, found, play
+from tests.parallel.scenarios import STEPS, STOP, checkpoint_of, found, play_all
 
 from _checks import check_checkpoint, check_sharded  # isort: skip  # scenarios put the recipes on the path
 
@@ -18,9 +17,9 @@ def place(tmp_path_factory):
     """Whole runs on one and on two ranks, and the rest of each on the other number."""
     place = tmp_path_factory.mktemp("sharded")
     scenarios.make_place(place)
-    run_ranks(play, 1, ["fsdp"], 1, "cpu", place)
-    run_ranks(play, 2, ["fsdp", "fsdp_from_1", "context_parallel"], 2, "cpu", place)
-    run_ranks(play, 1, ["fsdp_from_2"], 1, "cpu", place)
+    play_all(place, 1, ["fsdp"], "cpu", 120)
+    play_all(place, 2, ["fsdp", "fsdp_from_1", "context_parallel"], "cpu", 120)
+    play_all(place, 1, ["fsdp_from_2"], "cpu", 120)
     return place
 
 
@@ -29,7 +28,7 @@ def test_one_and_two_ranks_have_the_same_losses(place):
     assert one["steps"] == two["steps"] == list(range(STEPS))
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert two["heldout"] == pytest.approx(one["heldout"], rel=1e-4)
-    assert min(abs(a / b - 1) for a, b in zip(one["losses"], one["losses"][1:], strict=False)) > 1e-3, "weights move"
+    assert abs(one["losses"][0] / one["losses"][-1] - 1) > 0.03, "the weights move, so later losses depend on gradients"
 
 
 @pytest.mark.parametrize("began", [1, 2])
@@ -39,6 +38,11 @@ def test_a_checkpoint_goes_on_on_another_number_of_ranks(place, began):
     assert rest["steps"] == list(range(STOP, STEPS))
     assert rest["losses"] == pytest.approx(whole["losses"][STOP:], rel=1e-4)
     assert rest["heldout"] == pytest.approx(whole["heldout"], rel=1e-4)
+
+
+def test_nothing_half_written_is_left(place):
+    folder = checkpoint_of(place, 2).parent
+    assert sorted(entry.name for entry in folder.iterdir()) == ["last.ckpt", "step-3.ckpt", "step-6.ckpt"]
 
 
 def test_what_a_sharded_checkpoint_is_refused_for(place, tmp_path):

@@ -103,11 +103,15 @@ def padded_batches(documents: list[Document], slots: int) -> list[Batch]:
     """Micro-batches of like lengths with at most `slots` places each, padding included."""
     batches: list[list[Document]] = [[]]
     for document in sorted(documents, key=lambda d: len(d["input_ids"])):
-        if batches[-1] and (len(batches[-1]) + 1) * len(document["input_ids"]) > slots:
+        if batches[-1] and (len(batches[-1]) + 1) * _width(document) > slots:
             batches.append([])
         batches[-1].append(document)
-    # whole multiples of 8 for tensor cores
-    return [PaddedCollator(pad_to=-(-len(b[-1]["input_ids"]) // 8) * 8)(b) for b in batches]
+    return [PaddedCollator(pad_to=_width(batch[-1]))(batch) for batch in batches]
+
+
+def _width(document: Document) -> int:
+    """A whole multiple of 8, for tensor cores."""
+    return -(-len(document["input_ids"]) // 8) * 8
 
 
 def make_steps(way: str, corpus: Corpus, arguments: argparse.Namespace, seed: int, epoch: int) -> list[list[Batch]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 SCRIPTS = Path(__file__).resolve().parent
 # step: seconds that it may take, and its command; {out} and {data} are filled in
 STEPS = {
-    "tests": (170, "-m pytest -m gpu tests/gpu/test_two_gpus.py -q -rA --durations=5 -p no:cacheprovider"),
+    "tests": (170, "-m pytest -m gpu tests/gpu/test_two_gpus.py -q -rA --durations=5 -p no:cacheprovider -W ignore"),
     "context": (120, "scripts/bench_context_parallel.py --out {out}"),
     "scaling": (120, "scripts/bench_scaling.py --out {out}"),
     "learning": (200, "scripts/learning_proof.py --out {out} --data {data}"),

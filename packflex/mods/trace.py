@@ -40,6 +40,10 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 _SETTERS = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__",
             "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "set_", "resize_"}  # fmt: skip
 _MAKERS = {torch.tensor, torch.as_tensor, torch.scalar_tensor}
+_ON_THE_HOST = (
+    "a Python `if`, `and`, `or`, `not`, int(), float() or .item() on an index or a score, whose value is known only "
+    "inside the kernel; write torch.where(condition, a, b), and &, |, ~ between conditions"
+)
 aten = torch.ops.aten
 
 
@@ -126,8 +130,10 @@ class _Recorder(TorchFunctionMode):
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         traced = any(isinstance(tensor, FakeTensor) for tensor in tensors)
         name = getattr(func, "__name__", "")
-        writes = name in _SETTERS or (name.endswith("_") and not name.startswith("_")) or kwargs.get("out") is not None
-        if writes and tensors and (not isinstance(tensors[0], FakeTensor) or name == "__setitem__"):
+        writes = name in _SETTERS or (name.endswith("_") and not name.startswith("_"))
+        if (writes and tensors and (not isinstance(tensors[0], FakeTensor) or name == "__setitem__")) or (
+            kwargs.get("out") is not None
+        ):
             raise ModError(
                 f"{_at(_user_line(), self.mod)}: {name.strip('_') or name} changes a captured tensor in place; a mod "
                 "only reads: compute a new value instead"
@@ -239,6 +245,8 @@ def _record(mod: Callable[..., Any], kind: str, device: torch.device, recorder: 
             return torch.full((), out, dtype=dtype, device=device)
         if not isinstance(out, Tensor):
             raise ModTypeError(f"{kind}_mod {name_of(mod)} must return a tensor; it returned {type(out).__name__}")
+        if not isinstance(out, FakeTensor) and out.dim():
+            raise ModTypeError(f"{kind}_mod {name_of(mod)} must return one number; it returned a whole tensor")
         return out.clone() if not isinstance(out, FakeTensor) else out
 
     before, _grad_wanted[0] = _grad_wanted[0], torch.is_grad_enabled()
@@ -269,10 +277,7 @@ def _explained(error: Exception, mod: Callable[..., Any], kind: str) -> ModError
         or "_local_scalar_dense" in text
         or "is_nonzero" in text
     ):
-        return ModError(
-            f"{at}: a Python `if`, `and`, `or`, `not`, int(), float() or .item() on an index or a score, whose value "
-            "is known only inside the kernel; write torch.where(condition, a, b), and &, |, ~ between conditions"
-        )
+        return ModError(f"{at}: {_ON_THE_HOST}")
     if isinstance(error, TypeError | ValueError) and "device" not in text:
         return ModTypeError(f"{kind}_mod {at}: {name}: {text}")
     return ModError(f"{kind}_mod {at}: {name}: {text}")
@@ -370,6 +375,8 @@ class _FirstGraph:
             raise self._fail(node, f"{_op_name(target)} changes a captured tensor in place; a mod only reads")
         if target is operator.getitem:
             return
+        if target is aten._local_scalar_dense.default:
+            raise self._fail(node, _ON_THE_HOST)
         for argument in node.all_input_nodes:
             if argument in self.partial:
                 raise self._fail(

@@ -1,0 +1,494 @@
+"""What a mod that cannot become a kernel is told: its name, its line, the operation, and the way to write it."""
+
+import functools
+import inspect
+import re
+
+import pytest
+import torch
+
+from packflex import create_block_mask, flex_attention
+from packflex.mods.errors import ModError, ModIndexError, ModTypeError
+from packflex.mods.lifted import PROGRAMS
+
+table = torch.arange(24.0).view(4, 6) / 10
+floats = torch.zeros(6)
+learned = torch.zeros(6, requires_grad=True)
+far = torch.zeros(6, device="meta")
+waves = torch.zeros(6, dtype=torch.complex64)
+flags = torch.ones(6, dtype=torch.bool)
+WHERE = "torch.where(condition, a, b)"
+READS = "only reads: compute a new value instead"
+ELEMENT = "read one element as table[i, j]"
+NUMBERS = "a mod works on single numbers"
+
+
+# Each mod's offending line ends with "# here"
+
+
+def branch_on_index(score, b, h, q_idx, kv_idx):
+    if q_idx >= kv_idx:  # here
+        return score
+    return score * 2
+
+
+def branch_on_score(score, b, h, q_idx, kv_idx):
+    doubled = score * 2
+    return doubled if score > 0 else score  # here
+
+
+def branch_on_captured(score, b, h, q_idx, kv_idx):
+    return score if flags[kv_idx] else -score  # here
+
+
+def python_and(score, b, h, q_idx, kv_idx):
+    return torch.where(q_idx > 3 and kv_idx > 3, score, 0.0)  # here
+
+
+def python_not(score, b, h, q_idx, kv_idx):
+    return torch.where(not q_idx > 3, score, 0.0)  # here
+
+
+def python_max(score, b, h, q_idx, kv_idx):
+    return score + max(q_idx, kv_idx)  # here
+
+
+def python_int(score, b, h, q_idx, kv_idx):
+    return score + [0.5, 1.5][int(kv_idx)]  # here
+
+
+def python_float(score, b, h, q_idx, kv_idx):
+    return score * float(score)  # here
+
+
+def python_item(score, b, h, q_idx, kv_idx):
+    return score + table[h, kv_idx].item()  # here
+
+
+def python_list(score, b, h, q_idx, kv_idx):
+    return score + [0.5, 1.5][kv_idx]  # here
+
+
+def python_range(score, b, h, q_idx, kv_idx):
+    for _ in range(q_idx):  # here
+        score = score + 1
+    return score
+
+
+def python_while(score, b, h, q_idx, kv_idx):
+    while q_idx > 0:  # here
+        q_idx = q_idx - 1
+    return score
+
+
+def python_tolist(score, b, h, q_idx, kv_idx):
+    return score + q_idx.tolist()  # here
+
+
+def sets_an_element(score, b, h, q_idx, kv_idx):
+    floats[kv_idx] = score  # here
+    return score
+
+
+def sets_a_fixed_element(score, b, h, q_idx, kv_idx):
+    floats[2] = 1.0  # here
+    return score
+
+
+def adds_to_an_element(score, b, h, q_idx, kv_idx):
+    floats[kv_idx] += 1  # here
+    return score
+
+
+def adds_in_place(score, b, h, q_idx, kv_idx):
+    global floats
+    floats += 1  # here
+    return score + floats[kv_idx]
+
+
+def add_(score, b, h, q_idx, kv_idx):
+    floats.add_(1)  # here
+    return score
+
+
+def adds_to_a_view(score, b, h, q_idx, kv_idx):
+    floats[1:].mul_(2)  # here
+    return score
+
+
+def zeroes(score, b, h, q_idx, kv_idx):
+    torch.zero_(floats)  # here
+    return score
+
+
+def copies(score, b, h, q_idx, kv_idx):
+    floats.copy_(score)  # here
+    return score
+
+
+def writes_to_out(score, b, h, q_idx, kv_idx):
+    torch.add(floats, 1, out=floats)  # here
+    return score
+
+
+def writes_a_score_to_out(score, b, h, q_idx, kv_idx):
+    torch.mul(score, 2, out=floats[0])  # here
+    return score
+
+
+def scatters(score, b, h, q_idx, kv_idx):
+    floats.index_add_(0, kv_idx, score)  # here
+    return score
+
+
+def sums_a_row(score, b, h, q_idx, kv_idx):
+    return score + table[h].sum()  # here
+
+
+def means_over_scores(score, b, h, q_idx, kv_idx):
+    return score - score.mean()  # here
+
+
+def multiplies_matrices(score, b, h, q_idx, kv_idx):
+    return score + table[h] @ table[q_idx % 4]  # here
+
+
+def softmax_of_a_row(score, b, h, q_idx, kv_idx):
+    return score + torch.softmax(table[h], 0)[kv_idx]  # here
+
+
+def cumsum_of_a_row(score, b, h, q_idx, kv_idx):
+    return score + table[h].cumsum(0)[kv_idx]  # here
+
+
+def softmax_of_the_score(score, b, h, q_idx, kv_idx):
+    return torch.softmax(score, 0)  # here
+
+
+def sorts(score, b, h, q_idx, kv_idx):
+    return score + torch.sort(table[h]).values[kv_idx]  # here
+
+
+def stacks(score, b, h, q_idx, kv_idx):
+    return score + torch.stack([q_idx, kv_idx]).amax()  # here
+
+
+def draws(score, b, h, q_idx, kv_idx):
+    return score + torch.rand_like(score)  # here
+
+
+def drops_out(score, b, h, q_idx, kv_idx):
+    return torch.nn.functional.dropout(score, 0.5)  # here
+
+
+def adds_a_row(score, b, h, q_idx, kv_idx):
+    return score + table[h]  # here
+
+
+def adds_a_table(score, b, h, q_idx, kv_idx):
+    return score + table  # here
+
+
+def makes_a_vector(score, b, h, q_idx, kv_idx):
+    return score + torch.arange(3)  # here
+
+
+def special_function(score, b, h, q_idx, kv_idx):
+    return torch.special.i0(score)  # here
+
+
+def integer_power(score, b, h, q_idx, kv_idx):
+    return score + kv_idx**7  # here
+
+
+def without_grad(score, b, h, q_idx, kv_idx):
+    with torch.no_grad():  # here
+        factor = learned[kv_idx] * 2
+    return score * factor
+
+
+def another_device(score, b, h, q_idx, kv_idx):
+    return score + far[kv_idx]  # here
+
+
+def complex_numbers(score, b, h, q_idx, kv_idx):
+    return score + waves[kv_idx].real  # here
+
+
+def float_index(score, b, h, q_idx, kv_idx):
+    return score + floats[kv_idx / 2]  # here
+
+
+def bool_index(score, b, h, q_idx, kv_idx):
+    return score + floats[kv_idx > 2]  # here
+
+
+def slice_of_an_index(score, b, h, q_idx, kv_idx):
+    return score + floats[kv_idx:].sum()  # here
+
+
+def too_many_indices(score, b, h, q_idx, kv_idx):
+    return score + floats[h, kv_idx]  # here
+
+
+def own_mistake(score, b, h, q_idx, kv_idx):
+    return score + {}["bias"]  # here
+
+
+def type_mistake(score, b, h, q_idx, kv_idx):
+    return score + "bias"  # here
+
+
+def unknown_name(score, b, h, q_idx, kv_idx):
+    return score + bias[kv_idx]  # noqa: F821  # here
+
+
+BAD = [
+    (branch_on_index, "a Python `if`", WHERE),
+    (branch_on_score, "a Python `if`", WHERE),
+    (branch_on_captured, "a Python `if`", WHERE),
+    (python_and, "`and`", "&, |, ~ between conditions"),
+    (python_not, "`not`", "&, |, ~ between conditions"),
+    (python_max, "a Python `if`", WHERE),
+    (python_int, "int()", WHERE),
+    (python_float, "float()", WHERE),
+    (python_item, ".item()", WHERE),
+    (python_list, "int()", WHERE),
+    (python_range, "int()", WHERE),
+    (python_while, "a Python `if`", WHERE),
+    (python_tolist, ".item()", WHERE),
+    (sets_an_element, "setitem changes a captured tensor in place", READS),
+    (sets_a_fixed_element, "setitem changes a captured tensor in place", READS),
+    (adds_to_an_element, "changes a captured tensor in place", READS),
+    (adds_in_place, "add changes a captured tensor in place", READS),
+    (add_, "add changes a captured tensor in place", READS),
+    (adds_to_a_view, "mul changes a captured tensor in place", READS),
+    (zeroes, "zero changes a captured tensor in place", READS),
+    (copies, "copy changes a captured tensor in place", READS),
+    (writes_to_out, "add changes a captured tensor in place", READS),
+    (writes_a_score_to_out, "mul changes a captured tensor in place", READS),
+    (scatters, "index_add changes a captured tensor in place", READS),
+    (sums_a_row, "sum is not pointwise", ELEMENT),
+    (means_over_scores, "mean is not", "docs/masks.md"),
+    (multiplies_matrices, "is not pointwise", ELEMENT),
+    (softmax_of_a_row, "softmax is not pointwise", ELEMENT),
+    (cumsum_of_a_row, "cumsum is not pointwise", ELEMENT),
+    (softmax_of_the_score, "softmax is not", "docs/masks.md"),
+    (sorts, "sort is not pointwise", ELEMENT),
+    (stacks, "makes a tensor of shape (2,)", NUMBERS),
+    (draws, "rand_like is not", "docs/masks.md"),
+    (drops_out, "is not", "docs/masks.md"),
+    (adds_a_row, "add is not pointwise", ELEMENT),
+    (adds_a_table, "add is not pointwise", ELEMENT),
+    (makes_a_vector, "makes a tensor of shape (3,)", NUMBERS),
+    (special_function, "i0 has no kernel form", ""),
+    (integer_power, "an integer power of an integer has no kernel form", "use floats"),
+    (without_grad, "torch.no_grad()", "write .detach() on what gets no gradient"),
+    (another_device, "a captured tensor of shape (6,) is on meta, query on cpu", "move it with .to('cpu')"),
+    (complex_numbers, "torch.complex64", "kernels take bool, integers and floats"),
+    (float_index, "an index of torch.float32", "convert with .int()"),
+    (bool_index, "an index of torch.bool", "torch.where"),
+    (slice_of_an_index, "int()", ""),
+    (too_many_indices, "2 indices into a tensor of shape (6,)", ""),
+    (own_mistake, "KeyError: 'bias'", ""),
+    (type_mistake, "TypeError", "str"),
+    (unknown_name, "name 'bias' is not defined", ""),
+]
+
+
+def attend(score_mod, backend, block_mask=None):
+    q, k, v = (torch.zeros(1, 2, 6, 16, requires_grad=True) for _ in range(3))
+    return flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, backend=backend)
+
+
+def message(error, call, *arguments):
+    with pytest.raises(error) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+def line_of(function):
+    lines, first = inspect.getsourcelines(function)
+    return first + next(i for i, line in enumerate(lines) if line.rstrip().endswith("# here"))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference", None])
+@pytest.mark.parametrize(("mod", "operation", "remedy"), BAD, ids=lambda x: getattr(x, "__name__", ""))
+def test_the_message_names_everything(mod, operation, remedy, backend):
+    values, versions = [x.clone() for x in (table, floats)], [x._version for x in (table, floats)]
+    programs = len(PROGRAMS)
+    text = message(ModError, attend, mod, backend)
+    assert mod.__name__ in text
+    assert f"test_errors.py:{line_of(mod)}" in text
+    assert inspect.getsource(mod).splitlines()[line_of(mod) - inspect.getsourcelines(mod)[1]].strip() in text
+    assert operation in text
+    assert remedy in text
+    assert "\n" not in text.strip()
+    assert len(PROGRAMS) == programs, "nothing is kept of a mod that was refused"
+    assert [x._version for x in (table, floats)] == versions, "the mod was run on the user's own tensors"
+    assert all(map(torch.equal, values, (table, floats)))
+
+
+def as_mask(mod):
+    """The same line in a mask_mod."""
+
+    @functools.wraps(mod)
+    def mask_mod(b, h, q_idx, kv_idx):
+        return mod(q_idx * 1.0, b, h, q_idx, kv_idx) > 0
+
+    del mask_mod.__wrapped__
+    return mask_mod
+
+
+@pytest.mark.parametrize(("mod", "operation", "remedy"), BAD, ids=lambda x: getattr(x, "__name__", ""))
+def test_masks_are_told_the_same(mod, operation, remedy):
+    if mod is without_grad:
+        pytest.skip("a mask has no gradient")
+    text = message(ModError, create_block_mask, as_mask(mod), None, None, 6, 6, "cpu")
+    assert mod.__name__ in text
+    assert f"test_errors.py:{line_of(mod)}" in text
+    assert operation in text
+    assert remedy in text
+
+
+# What is returned and what is taken
+
+
+def returns_a_table(score, b, h, q_idx, kv_idx):
+    return table
+
+
+def returns_a_row(score, b, h, q_idx, kv_idx):
+    return table[h]
+
+
+def returns_an_index(score, b, h, q_idx, kv_idx):
+    return q_idx - kv_idx
+
+
+def returns_a_bool(score, b, h, q_idx, kv_idx):
+    return q_idx >= kv_idx
+
+
+def returns_nothing(score, b, h, q_idx, kv_idx):
+    score + 1
+
+
+def returns_a_pair(score, b, h, q_idx, kv_idx):
+    return score, kv_idx
+
+
+def four_arguments(b, h, q_idx, kv_idx):
+    return q_idx >= kv_idx
+
+
+def five_arguments(score, b, h, q_idx, kv_idx):
+    return score
+
+
+def keyword_only(score, b, h, q_idx, *, kv_idx):
+    return score
+
+
+class FewArguments:
+    def __call__(self, score, b, h, q_idx):
+        return score
+
+
+RETURNS = [
+    (returns_a_table, "must return one number; it returned a whole tensor"),
+    (returns_a_row, "must return one number; it returned a whole tensor"),
+    (returns_an_index, "must return a float tensor, the modified score; it returned torch.int32"),
+    (returns_a_bool, "must return a float tensor, the modified score; it returned torch.bool"),
+    (returns_nothing, "must return a tensor; it returned NoneType"),
+    (returns_a_pair, "must return a tensor; it returned tuple"),
+]
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(("mod", "text"), RETURNS, ids=lambda x: getattr(x, "__name__", ""))
+def test_results_of_score_mods(mod, text, backend):
+    first = inspect.getsourcelines(mod)[1]
+    assert re.search(rf"score_mod {mod.__name__} \(.*test_errors.py:{first}\) {re.escape(text)}", message(
+        ModTypeError, attend, mod, backend
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (lambda b, h, q, kv: q - kv, "must return a bool tensor; it returned torch.int32: compare, as in x != 0"),
+        (lambda b, h, q, kv: (q - kv).float(), "must return a bool tensor; it returned torch.float32"),
+        (lambda b, h, q, kv: flags, "must return one number; it returned a whole tensor"),
+        (lambda b, h, q, kv: 1, "must return a bool tensor; it returned torch.float32"),
+        (lambda b, h, q, kv: None, "must return a tensor; it returned NoneType"),
+    ],
+)
+def test_results_of_mask_mods(value, text):
+    found = message(ModTypeError, create_block_mask, value, None, None, 6, 6, "cpu")
+    assert text in found
+    assert f"test_errors.py:{value.__code__.co_firstlineno}" in found
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(
+    "mod", [four_arguments, keyword_only, FewArguments(), functools.partial(five_arguments, 1), lambda s: s]
+)
+def test_numbers_of_arguments(mod, backend):
+    text = message(ModTypeError, attend, mod, backend)
+    assert "is called with 5 positional arguments (score, b, h, q_idx, kv_idx)" in text
+    assert "test_errors.py:" in text
+    assert (
+        f"score_mod {getattr(mod, '__name__', '')}" in text
+        or "five_arguments" in text
+        or "FewArguments.__call__" in text
+    )
+
+
+def test_arguments_of_mask_mods():
+    text = message(ModTypeError, create_block_mask, five_arguments, None, None, 6, 6, "cpu")
+    assert "mask_mod five_arguments" in text
+    assert "is called with 4 positional arguments (b, h, q_idx, kv_idx)" in text
+    assert "must be a function of (b, h, q_idx, kv_idx); got 3" in message(
+        ModTypeError, create_block_mask, 3, None, None, 6, 6, "cpu"
+    )
+
+
+def test_kinds_of_errors():
+    """They are ValueError, and TypeError or IndexError where Python has one for it."""
+    assert issubclass(ModError, ValueError)
+    with pytest.raises(TypeError):
+        attend(four_arguments, "triton")
+    with pytest.raises(IndexError):
+        attend(too_many_indices, "triton")
+    assert issubclass(ModIndexError, ModError)
+
+
+def test_a_partial_a_method_and_a_module_are_named():
+    class Biased(torch.nn.Module):
+        def forward(self, score, b, h, q_idx, kv_idx):
+            return score + table[h].sum()  # here
+
+        def method(self, score, b, h, q_idx, kv_idx):
+            return score + table[h].sum()
+
+    line = Biased.forward.__code__.co_firstlineno
+    text = message(ModError, attend, Biased(), "triton")
+    assert "Biased.forward" in text
+    assert f"test_errors.py:{line + 1}" in text
+    assert "Biased.method" in message(ModError, attend, Biased().method, "triton")
+    factor = functools.partial(lambda score, b, h, q_idx, kv_idx, factor: score * table[h].sum(), factor=2)
+    assert "<lambda> (" in message(ModError, attend, factor, "triton")
+
+
+def test_the_line_is_that_of_the_inner_function():
+    def helper(x):
+        return x.cumsum(0)  # here
+
+    def outer(score, b, h, q_idx, kv_idx):
+        return score + helper(table[h])[kv_idx]
+
+    text = message(ModError, attend, outer, "triton")
+    assert text.startswith("outer (")
+    assert f"test_errors.py:{line_of(helper)}" in text
+    assert "return x.cumsum(0)" in text

@@ -88,3 +88,16 @@ def test_not_inside_a_compiled_graph():
 
     with pytest.raises(Exception, match="check_bounds=True waits for values"):
         run(*inputs())
+
+
+def test_a_message_names_its_own_function_and_not_one_of_the_same_structure():
+    def first(score, b, h, q_idx, kv_idx):
+        return score + TABLE[(q_idx - kv_idx).abs()] * 2
+
+    def second(score, b, h, q_idx, kv_idx):
+        return score + TABLE[(q_idx - kv_idx).abs()] * 3
+
+    flex_attention(*inputs(), score_mod=first, block_mask=window(5), enable_gqa=True)
+    for options in ({"check_bounds": True}, {"backend": "reference"}):
+        with pytest.raises(ModIndexError, match=r"second .*\* 3`"):
+            flex_attention(*inputs(), score_mod=second, enable_gqa=True, **options)

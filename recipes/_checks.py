@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ def check_settings(config: DictConfig) -> None:
     for name, known in (("loss_weighting", WEIGHTINGS), ("loss", LOSSES)):
         if config.module[name] not in known:
             raise SetupError(f"module.{name}={config.module[name]} must be one of {', '.join(known)}")
+    if config.module.loss == "liger":
+        if config.trainer.accelerator == "cpu":
+            raise SetupError("module.loss=liger is a GPU kernel; use module.loss=chunked, or trainer=gpu")
+        if find_spec("liger_kernel") is None:
+            raise SetupError("module.loss=liger needs `pip install packflex[liger]`; module.loss=chunked needs nothing")
     backend = config.attention.backend
     if backend is not None and backend not in BACKENDS:
         raise SetupError(f"attention.backend={backend} must be one of {', '.join(BACKENDS)}, or null for the best one")
@@ -94,20 +100,18 @@ def check_checkpoint(path: str | None, max_steps: int) -> int:
     """Refuse a checkpoint that a run cannot go on from, before the data is read.
 
     Returns:
-        Optimizer steps done so far: 0 without a checkpoint, and for a sharded one, whose files are not read here.
+        Optimizer steps done so far, 0 without a checkpoint.
 
     Raises:
         SetupError: no such file or (sharded) folder, a file that is no checkpoint, or one of a run that is over.
     """
     if path is None:
         return 0
-    if Path(path).is_dir():
-        if not (Path(path) / ".metadata").is_file():
-            raise SetupError(
-                f"{path}: a folder that is no sharded checkpoint; ckpt_path is a file such as checkpoints/last.ckpt, "
-                "or the folder that trainer=fsdp wrote in its place"
-            )
-        return 0
+    if Path(path).is_dir() and not (Path(path) / ".metadata").is_file():
+        raise SetupError(
+            f"{path}: a folder that is no sharded checkpoint; ckpt_path is a file such as checkpoints/last.ckpt, or "
+            "the folder that trainer=fsdp wrote in its place"
+        )
     if not Path(path).exists():
         raise SetupError(
             f"{path}: no such checkpoint; ckpt_path is a file that a run wrote, such as checkpoints/last.ckpt"
@@ -142,8 +146,23 @@ def check_same_model(path: str | None, module: L.LightningModule) -> None:
             )
 
 
+def check_sharded(path: str | None, trainer: L.Trainer) -> None:
+    """Refuse a sharded checkpoint where the run is not.
+
+    Raises:
+        SetupError: with the reason.
+    """
+    if path is not None and Path(path).is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
+        raise SetupError(
+            f"{path}: a sharded checkpoint, which only trainer=fsdp goes on from, on one device too: trainer=fsdp "
+            "trainer.devices=1"
+        )
+
+
 def _loaded(path: str) -> dict[str, Any]:
-    """A checkpoint whose tensors stay on the disk."""
+    """A checkpoint whose tensors stay on the disk; of a sharded one, what is not sharded."""
+    if Path(path).is_dir():
+        path = f"{path}/meta.pt"
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -171,17 +190,34 @@ def check_sharing(config: DictConfig, trainer: L.Trainer) -> None:
 
 
 def check_single_run(trainer: L.Trainer) -> None:
-    """Refuse a multirun over several devices.
+    """Refuse a multirun over several devices whose ranks Lightning would start; those of SLURM or torchrun are there.
 
     Raises:
         SetupError: with the reason.
     """
-    if trainer.world_size > 1 and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN or trainer.world_size == 1:
+        return
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is None or not environment.creates_processes_externally:
         raise SetupError(
             f"--multirun with {trainer.world_size} devices: Lightning starts each further rank with this command line, "
-            "--multirun included, so every rank would run a sweep of its own; start one run for each setting, or use "
-            "trainer.devices=1"
+            "--multirun included, so every rank would run a sweep of its own; start one run for each setting, use "
+            "trainer.devices=1, or a launcher that starts the ranks (hydra/launcher=slurm)"
         )
+
+
+def launcher_error(error: RuntimeError) -> str | None:
+    """What went wrong with the jobs of submitit, in one line; None for an error of something else."""
+    text = str(error)
+    if 'Could not detect "srun"' in text:
+        return "hydra/launcher=slurm: there is no srun here; start the sweep on a machine that submits to SLURM"
+    if not type(error).__module__.startswith("submitit."):
+        return None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line for line in lines if re.match(r"\w+: error: ", line)]
+    logs = [line.removeprefix("- ") for line in lines if line.endswith((".err", ".out"))]
+    reason = said[0].split(": error: ", 1)[1] if said else lines[0]
+    return f"a job of the sweep failed: {reason}" + (f" (output: {logs[0]})" if logs else "")
 
 
 def fill_in(config: DictConfig, trainer: L.Trainer, rows: int) -> None:
@@ -236,6 +272,13 @@ def one_line_of(error: BaseException) -> str:
         r"there is no setting \1; --cfg job shows all of them (\2 adds one)",
         text,
     )
+    if "Could not load 'hydra/launcher/submitit" in text:
+        text += " It is part of an extra: pip install packflex[slurm]"
+    if "${trainer.devices}" in text and "could not be converted to Integer" in text:
+        text = (
+            "hydra/launcher=slurm asks for as many GPUs on each node as there are trainer.devices, which must be a "
+            "number then: trainer.devices=4"
+        )
     text = re.sub(r"^In '[\w/]+': ", "", text).replace(" Available options", "; available options")
     return _OPTION.sub(_as_setting, text)
 

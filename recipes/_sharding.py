@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
 from packflex.integrations.lightning import CausalLMModule
+from packflex.parallel.fsdp import shard_model
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -27,6 +30,27 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Count the devices, which are known by now."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write beside, then rename: a run that is killed meanwhile leaves no mixture of two checkpoints."""
+        path = Path(self.broadcast(filepath))
+        aside = path.with_name(f".{path.name}.writing")
+        if self.is_global_zero:
+            _remove(aside)
+        self.barrier()
+        super().save_checkpoint(checkpoint, aside, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            _remove(path)
+            aside.rename(path)
+        self.barrier()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class ShardedCausalLMModule(CausalLMModule):
@@ -47,16 +71,11 @@ class ShardedCausalLMModule(CausalLMModule):
         super().__init__(*arguments, loss=loss, **options)
 
     def configure_model(self) -> None:
-        """Shard the model over the data-parallel ranks, once."""
+        """Shard the model over the data-parallel ranks, once; it computes in the trainer's dtype."""
         if isinstance(self.model, FSDPModule):
             return
-        # Computes and gathers in bf16, adds gradients up in float32, keeps weights in float32.
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
-        kinds = set(self.model._no_split_modules or ())
-        for layer in [m for m in self.model.modules() if type(m).__name__ in kinds]:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(self.model, mesh=mesh, mp_policy=policy)
+        dtype = torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else None
+        shard_model(self.model, self.device_mesh["data_parallel"], dtype)  # type: ignore[index]
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

@@ -30,13 +30,17 @@ from _checks import (
     check_checkpoint,
     check_same_model,
     check_settings,
+    check_sharded,
     check_sharing,
     check_single_run,
     fill_in,
+    launcher_error,
     one_line_of,
 )
+from _cluster import join_ranks
 from _data import DocumentNames, PackedSplits, prepare, say
 from _sharding import ShardedCausalLMModule, whole_state
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -82,6 +86,7 @@ EXPECTED = (
 def finetune(config: DictConfig) -> RunSummary:
     """Run a config: pack, measure, train, measure again, save."""
     check_settings(config)
+    join_ranks(config)
     first_step = check_checkpoint(config.ckpt_path, config.trainer.max_steps)
     L.seed_everything(config.seed, verbose=False)
     callbacks = [instantiate(c) for c in config.callbacks.values() if c]
@@ -96,6 +101,7 @@ def finetune(config: DictConfig) -> RunSummary:
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),  # else Lightning adds one of its own
     )
     check_single_run(trainer)
+    check_sharded(config.ckpt_path, trainer)
     check_sharing(config, trainer)
 
     data = prepare(config)
@@ -242,16 +248,24 @@ def run_command(run: Callable[[], Any]) -> None:
         run: a function that `hydra.main` made.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them its own way
+    # where jobs of a launcher find the modules beside this one
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     try:
         run()
     except USER_ERRORS as error:  # a config that could not be composed
         _stop(error)
+    except RuntimeError as error:
+        reason = launcher_error(error)
+        if reason is None:
+            raise
+        _stop(SetupError(reason))
 
 
 def _stop(error: Exception) -> NoReturn:
     if "debug=true" in sys.argv:
         raise error
-    print(f"{Path(sys.argv[0]).stem}: error: {one_line_of(error)}", file=sys.stderr)
+    name = HydraConfig.get().job.name if HydraConfig.initialized() else Path(sys.argv[0]).stem
+    print(f"{name}: error: {one_line_of(error)}", file=sys.stderr)
     sys.exit(2)
 
 

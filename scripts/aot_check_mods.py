@@ -4,8 +4,8 @@
     python scripts/aot_check_mods.py --only alibi strided --dims 128
 
 For each kernel the tile that would run: the first of the tables' that spills (almost) nothing, else the one that spills
-least. A wgmma that ptxas serialises is a fault, and so are spills, but for the gradients of tables that differ from
-element to element (`relative_bias`), whose dQ kernel sums in the tile.
+least. A wgmma that ptxas serialises is a fault, and so are spills, but for some where the fastest tiles have
+them, and for the gradients of tables that differ from element to element (`relative_bias`), which dQ sums in its tile.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> int:
                 ):
                     reports.append((dim, f"{tile.block_m}x{tile.block_n}, {tile.num_warps}", report))
             for dim, tile_name, report in reports:
-                spills = report.spills > 32 and name != "relative_bias"
+                spills = report.spills > (32 if report.kernel == "mod_dq" else 256) and name != "relative_bias"
                 fault = spills or report.serialised
                 faults += fault
                 print(

@@ -163,6 +163,7 @@ CHECKS = {
     "logger": check_logger,
     "trainer": check_trainer,
     "experiment": check_experiment,
+    "hydra/launcher": lambda config, name: None,  # tests/test_launchers.py
     "hydra": lambda config, name: None,
     "paths": lambda config, name: None,
 }
@@ -184,6 +185,9 @@ def test_file(file, tmp_path):
     overrides = [] if group == "hydra" else [f"{group}={name}"]
     if file in NEEDS_PATH:
         overrides.append("data.path=somewhere")
+    if group == "hydra/launcher":
+        pytest.importorskip("submitit", reason="needs packflex[slurm]")
+        overrides = [f"{group}={name}"]
     if file == "model/hub":
         overrides.append("model.path=somewhere")
     config = composed(tmp_path, *overrides)

@@ -190,6 +190,7 @@ def test_wrong_data(content, percent, message, place, tmp_path):
         (["ckpt_path=docs"], "docs: a folder that is no sharded checkpoint; ckpt_path is a file such as"),
         (["ckpt_path=README.md"], "README.md: no checkpoint of this recipe"),
         (["attention=triton"], "attention.backend=triton trains on a GPU only"),
+        (["module.loss=liger"], "module.loss=liger is a GPU kernel; use module.loss=chunked"),
         (["module.loss=fused"], "module.loss=fused must be one of logits, chunked, liger"),
         (["module.loss_weighting=line"], "module.loss_weighting=line must be one of token, document, sqrt"),
         (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from packflex.masks.recognise import interval_formula
-from packflex.mods.lifted import Lifted, lift
+from packflex.mods.lifted import PROGRAMS, Lifted, describe
 from packflex.mods.nodes import CapturedGradient, Node, ordered
 
 _NAMES = {"b": "b", "h": "h", "q": "q_idx", "kv": "kv_idx", "score": "score", "grad": "d(out)"}
@@ -26,8 +26,8 @@ def explain(
     """Print what packflex makes of a mod: its operations with the user's lines, its derivative, and its kernels.
 
     The kernels' text is the one that runs, with a comment on each line that comes from the mod (`mul at model.py:12`)
-    and the path of the file in Triton's cache folder where it is kept. With grouped heads in one tile, the same
-    statements stand in a kernel of its own.
+    and the path of the file in Triton's cache folder where it is kept. Mods of the same structure share kernels, whose
+    comments name the first of them. With grouped heads in one tile, the same statements stand in a kernel of its own.
 
     Args:
         score_mod: `score_mod(score, b, h, q_idx, kv_idx) -> score`, or None.
@@ -40,8 +40,8 @@ def explain(
     """
     if score_mod is None and mask_mod is None:
         raise ValueError("explain takes a score_mod, a mask_mod, or both; got neither")
-    scored = None if score_mod is None else lift(score_mod, "score", _device(score_mod, device))
-    masked = None if mask_mod is None else lift(mask_mod, "mask", _device(mask_mod, device))
+    scored = None if score_mod is None else describe(score_mod, "score", _device(score_mod, device))
+    masked = None if mask_mod is None else describe(mask_mod, "mask", _device(mask_mod, device))
     out = sys.stdout if file is None else file
     for lifted in (masked, scored):
         if lifted is not None:
@@ -150,8 +150,8 @@ def _kernels(masked: Lifted | None, scored: Lifted | None) -> Iterator[tuple[str
         from packflex.masks.tile_kernel import tile_kernel_module
 
         yield _shown(tile_kernel_module(masked.key))
-    gradients = scored is not None and bool(scored.program.gradients)
-    score, mask = (None if x is None else x.program for x in (scored, masked))
+    score, mask = (None if x is None else PROGRAMS[x.key] for x in (scored, masked))
+    gradients = score is not None and bool(score.gradients)
     for name, with_gradients in (("mod_forward", False), ("mod_dkdv", gradients), ("mod_dq", gradients)):
         yield _shown(kernel_module(name, Request(score, mask, gradients=with_gradients)))
 

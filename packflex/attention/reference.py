@@ -17,7 +17,7 @@ from torch import Tensor
 
 from packflex.attention.memory import new_bshd
 from packflex.masks.block_mask import MaskMod
-from packflex.mods.bounds import out_of_bounds
+from packflex.mods.bounds import named
 from packflex.mods.evaluate import OutOfBoundsError, evaluate
 from packflex.mods.lifted import lift
 from packflex.mods.nodes import INDICES
@@ -244,7 +244,7 @@ def _over(
         with torch.no_grad():  # for its checks of what a kernel reads
             evaluate([lifted.program.out], inputs, *arguments, seen)
     except OutOfBoundsError as error:
-        raise out_of_bounds(error, lifted) from None
+        raise named(error, mod, lifted, indices[0].device) from None
     # visible elements alone: of others a mod may have no derivative, and 0 times NaN would reach what it captures
     visible = seen.expand_as(scores).nonzero(as_tuple=True)
     inputs = {name: x.to(torch.int32) for name, x in zip(INDICES, visible, strict=True)} | {"score": scores[visible]}

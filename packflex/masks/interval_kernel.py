@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from packflex.layout import DocumentOrigin
+from packflex.masks.kernels import document_of, search_steps
 from packflex.masks.recognise import Bound, DocumentBound, Formula, Joined
 from packflex.mods import source
 from packflex.mods.errors import short_name
 from packflex.mods.lifted import PROGRAMS, Lifted
-from packflex.mods.printer import DEVICE, Printer, arguments
+from packflex.mods.printer import Printer, arguments, device_imports
 
 _BLOCK = 128
 _HEADER = '''"""Printed by packflex: the interval of keys that each query sees under {what}."""
@@ -27,10 +28,7 @@ import triton
 import triton.language as tl
 
 from packflex.masks.interval_kernel import document_bounds
-from packflex.mods.device import (
 {imports}
-)
-
 '''
 
 
@@ -44,14 +42,7 @@ def document_bounds(CU_SEQLENS, ROW_OFFSETS, steps, i_b, o_t, kv_len, REAL_ONLY:
     last = tl.load(ROW_OFFSETS + i_b + 1)
     row_start = tl.load(CU_SEQLENS + first)
     real = tl.load(CU_SEQLENS + last) - row_start
-    below = o_t * 0 + first
-    above = o_t * 0 + tl.maximum(last, first + 1)
-    for _ in range(steps):
-        middle = (below + above) // 2
-        starts = tl.load(CU_SEQLENS + middle, mask=middle < last, other=0)
-        before = (starts - row_start <= o_t) & (middle < last)
-        below = tl.where(before, middle, below)
-        above = tl.where(before, above, tl.maximum(middle, below + 1))
+    below = document_of(CU_SEQLENS, first, last, row_start, o_t, steps)
     m_real = o_t < real
     begin = tl.load(CU_SEQLENS + below, mask=m_real, other=0) - row_start
     end = tl.load(CU_SEQLENS + below + 1, mask=m_real, other=0) - row_start
@@ -100,7 +91,7 @@ def launch_intervals(
     kv_intervals, q_intervals = both[: 2 * kv_plane].view(2, batch, q_len), both[2 * kv_plane :].view(2, batch, kv_len)
     found: list[object] = []
     for origin in documents.values():
-        found += [origin.cu_seqlens, origin.row_offsets, max(origin.cu_seqlens.shape[0] - 1, 1).bit_length() + 1]
+        found += [origin.cu_seqlens, origin.row_offsets, search_steps(origin.cu_seqlens.shape[0] - 1)]
     captures = [x.to(device) for x in lifted.captures]
     kernel = _module(lifted.key, formula, tuple(documents)).mask_intervals
     kernel[(triton.cdiv(q_len, _BLOCK), batch)](
@@ -123,9 +114,9 @@ def interval_kernel_text(key: str, formula: Formula, documents: tuple[int, ...])
     program = PROGRAMS[key]
     printer = Printer(program, "m")
     extra = printer.parameters()
-    given = [f"{name}{slot}" for slot in documents for name in ("CU_SEQLENS", "ROW_OFFSETS", "search_steps")]
+    given = [f"{name}{slot}" for slot in documents for name in ("CU_SEQLENS", "ROW_OFFSETS", "steps")]
     sizes = ["q_len", "kv_len", "plane"]
-    loose = [*sizes, *(name for name in given if name.islower() or name.startswith("search")),
+    loose = [*sizes, *(name for name in given if name.islower()),
              *(p for p in extra if "_stride" in p or "_size" in p or p[1] == "s")]  # fmt: skip
     parameters = ", ".join(["OUT", *sizes, *given, *extra, "BLOCK: tl.constexpr"])
     lines = ["b = tl.program_id(1)", "q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)"]
@@ -141,7 +132,7 @@ def interval_kernel_text(key: str, formula: Formula, documents: tuple[int, ...])
             names[begin], names[end] = f"b{len(names)}", f"b{len(names) + 1}"
             lines.append(
                 f"{names[begin]}, {names[end]} = document_bounds(CU_SEQLENS{bound.slot}, ROW_OFFSETS{bound.slot}, "
-                f"search_steps{bound.slot}, b, q, kv_len, {bound.real_only})"
+                f"steps{bound.slot}, b, q, kv_len, {bound.real_only})"
             )
             continue
         names[bound] = f"b{len(names)}"
@@ -161,9 +152,6 @@ def interval_kernel_text(key: str, formula: Formula, documents: tuple[int, ...])
         "tl.store(p_out, lo.to(tl.int32), mask=q < q_len)",
         "tl.store(p_out + plane, hi.to(tl.int32), mask=q < q_len)",
     ]
-    header = _HEADER.format(
-        what=short_name(program.name),
-        imports="\n".join(f"    {name}," for name in sorted({*DEVICE, "round_even", "power"})),
-    )
     body = "\n".join(f"    {line}" for line in lines)
+    header = _HEADER.format(what=short_name(program.name), imports=device_imports(body))
     return f"{header}\n@triton.jit(do_not_specialize={loose!r})\ndef mask_intervals(\n    {parameters},\n):\n{body}\n"

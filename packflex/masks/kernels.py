@@ -9,9 +9,29 @@ from torch import Tensor
 
 
 @triton.jit
+def document_of(CU_SEQLENS, first, last, row_start, o_t, steps):
+    """The document of each token `o_t` of a row whose documents are `first` to `last`, by binary search."""
+    # documents below[...] start at or before the token; the invariant holds from the row's first document on
+    below = o_t * 0 + first
+    above = o_t * 0 + tl.maximum(last, first + 1)
+    for _ in range(steps):
+        middle = (below + above) // 2
+        starts = tl.load(CU_SEQLENS + middle, mask=middle < last, other=0)
+        before = (starts - row_start <= o_t) & (middle < last)
+        below = tl.where(before, middle, below)
+        above = tl.where(before, above, tl.maximum(middle, below + 1))
+    return below
+
+
+def search_steps(documents: int) -> int:
+    """Halvings of `document_of` over this many documents: a shape, known without asking the device."""
+    return max(documents, 1).bit_length() + 1
+
+
+@triton.jit
 def _document_intervals_kernel(
     CU_SEQLENS, ROW_OFFSETS, PREFIX, OUT,
-    seq_len, plane, window, search_steps,
+    seq_len, plane, window, steps,
     CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK tokens of a row: binary search of each token's document, then its four bounds."""
@@ -22,15 +42,7 @@ def _document_intervals_kernel(
     row_start = tl.load(CU_SEQLENS + first)
     real = tl.load(CU_SEQLENS + last) - row_start
 
-    # documents below[...] start at or before the token; the invariant holds from the row's first document on
-    below = tl.zeros([BLOCK], tl.int32) + first
-    above = tl.zeros([BLOCK], tl.int32) + tl.maximum(last, first + 1)
-    for _ in range(search_steps):
-        middle = (below + above) // 2
-        starts = tl.load(CU_SEQLENS + middle, mask=middle < last, other=0)
-        before = (starts - row_start <= o_t) & (middle < last)
-        below = tl.where(before, middle, below)
-        above = tl.where(before, above, tl.maximum(middle, below + 1))
+    below = document_of(CU_SEQLENS, first, last, row_start, o_t, steps)
     m_real = o_t < real
     start = tl.load(CU_SEQLENS + below, mask=m_real, other=0) - row_start
     end = tl.load(CU_SEQLENS + below + 1, mask=m_real, other=0) - row_start
@@ -65,11 +77,9 @@ def launch_document_intervals(
     batch = row_offsets.shape[0] - 1
     intervals = torch.empty((4, batch, seq_len), dtype=torch.int32, device=cu_seqlens.device)
     block = 128
-    # A search over n documents ends after ceil(log2(n)) + 1 halvings; n is a shape, known without asking the device.
-    search_steps = max(cu_seqlens.shape[0] - 1, 1).bit_length() + 1
     _document_intervals_kernel[(triton.cdiv(seq_len, block), batch)](
         cu_seqlens, row_offsets, prefix_lengths if prefix_lengths is not None else cu_seqlens, intervals,
-        seq_len, batch * seq_len, window, search_steps,
+        seq_len, batch * seq_len, window, search_steps(cu_seqlens.shape[0] - 1),
         CAUSAL=causal, HAS_PREFIX=prefix_lengths is not None, HAS_WINDOW=window > 0, BLOCK=block,
         num_warps=4,
     )  # fmt: skip

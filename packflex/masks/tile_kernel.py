@@ -21,7 +21,7 @@ from packflex.mods import source
 from packflex.mods.errors import short_name
 from packflex.mods.lifted import PROGRAMS, Lifted
 from packflex.mods.nodes import Node, ordered
-from packflex.mods.printer import DEVICE, Printer, arguments
+from packflex.mods.printer import Printer, arguments, device_imports
 
 _CHUNK = 16
 _MOST_ELEMENTS = 4096
@@ -30,10 +30,7 @@ _HEADER = '''"""Printed by packflex: which tiles are visible under {what}."""
 import triton
 import triton.language as tl
 
-from packflex.mods.device import (
 {imports}
-)
-
 '''
 _BEGIN = """
     i_chunk = tl.program_id(0)
@@ -158,11 +155,7 @@ def tile_kernel_text(key: str) -> str:
     loose = [*sizes, *(p for p in extra if "_stride" in p or "_size" in p or p[1] == "s")]
     parameters = "".join(f" {name}," for name in extra)
     out = program.out
-    text = _HEADER.format(
-        what=short_name(program.name),
-        imports="\n".join(f"    {name}," for name in sorted({*DEVICE, "round_even", "power"})),
-    )
-    text += (
+    text = (
         f"\n@triton.jit(do_not_specialize={loose!r})\n"
         f"def mask_tiles(\n    STATE, {', '.join(sizes)},\n   {parameters}\n"
         "    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART_M: tl.constexpr, CHUNK: tl.constexpr,\n):"
@@ -187,11 +180,9 @@ def tile_kernel_text(key: str) -> str:
     printer.names = columns
     printer.inputs = {"q": "q_part"}
     elements = _block(printer.statements([out]), 20).rstrip("\n")
-    return (
-        text
-        + _ELEMENTS.format(elements=elements, out=printer.text(out)).lstrip("\n")
-        + ("            tl.store(p_state + i_k, state.to(tl.int8))\n")
-    )
+    text += _ELEMENTS.format(elements=elements, out=printer.text(out)).lstrip("\n")
+    text += "            tl.store(p_state + i_k, state.to(tl.int8))\n"
+    return _HEADER.format(what=short_name(program.name), imports=device_imports(text)) + text
 
 
 def _only(program: object, place: int, allowed: set[str]) -> bool:

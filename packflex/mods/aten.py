@@ -133,6 +133,8 @@ def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> N
         return given(arguments[1], dtype)
     if name in _FLOAT_UNARY:
         x = given(arguments[0], FLOAT)
+        if name == "log1p" and _is_whole(x):  # 1 + x is exact then, and log much faster than log1p
+            return make("log", make("add", x, builder.constant(1, FLOAT)))
         return make("div", builder.constant(1, FLOAT), x) if name == "reciprocal" else make(name, x)
     if name in _ROUNDING:
         x = env[arguments[0]]
@@ -220,6 +222,13 @@ def _fill(name: str, arguments: list[Any], options: Any, builder: Builder, dtype
             return builder.constant(number, dtype)
         return builder.scalar(number, dtype)
     return builder.constant(1 if "ones" in name else 0, dtype)
+
+
+def _is_whole(node: Node) -> bool:
+    """Whether a float is a whole number by its form."""
+    if node.op == "cast":
+        return not node.args[0].is_float
+    return node.op in ("abs", "neg", "sub") and all(map(_is_whole, node.args))
 
 
 def _truth(node: Node, builder: Builder) -> Node:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from packflex.mods.errors import ModIndexError, located
 from packflex.mods.evaluate import OutOfBoundsError, evaluate
-from packflex.mods.lifted import Lifted, lift
+from packflex.mods.lifted import Lifted, describe, lift
 from packflex.mods.nodes import INDICES, Node, ordered
 
 _BAND = 1 << 22  # elements evaluated at once
@@ -42,7 +42,7 @@ def check_reads(
     Raises:
         ModIndexError: the first read past the end, with the mod's line, the index, and where it happened.
     """
-    lifted = lift(mod, kind, device)
+    lifted = describe(mod, kind, device)
     reads = [node for node in ordered(lifted.program.roots()) if node.op == "read" and node.args]
     if not reads:
         return
@@ -80,11 +80,18 @@ def _check(reads: list[Node], inputs: dict[str, Tensor], lifted: Lifted, seen: T
     try:
         evaluate(reads, inputs, lifted.captures, lifted.numbers, seen=seen)
     except OutOfBoundsError as error:
-        raise out_of_bounds(error, lifted) from None
+        raise _out_of_bounds(error, lifted) from None
 
 
-def out_of_bounds(error: OutOfBoundsError, lifted: Lifted) -> ModIndexError:
-    """What a user is told of a read past the end."""
+def named(error: OutOfBoundsError, mod: Callable[..., Any], lifted: Lifted, device: torch.device) -> ModIndexError:
+    """What a user is told of a read past the end that `lifted`, the interned form of `mod`, met."""
+    own = describe(mod, lifted.program.kind, device)
+    place = ordered(lifted.program.roots()).index(error.node)
+    node = ordered(own.program.roots())[place]  # interned programs are equal node for node
+    return _out_of_bounds(OutOfBoundsError(node, error.axis, error.index, error.size, error.element), own)
+
+
+def _out_of_bounds(error: OutOfBoundsError, lifted: Lifted) -> ModIndexError:
     program = lifted.program
     shape = tuple(lifted.captures[error.node.value].shape)
     return ModIndexError(

@@ -45,6 +45,25 @@ class Lifted:
         return PROGRAMS[self.key]
 
 
+@dataclass(frozen=True)
+class Described(Lifted):
+    """A mod with a program of its own, whose names and lines are its own too: interned ones keep the first mod's."""
+
+    own: Program
+
+    @property
+    def program(self) -> Program:
+        """Its own program."""
+        return self.own
+
+
+def describe(mod: Callable[..., Any], kind: str, device: torch.device) -> Described:
+    """As `lift`, traced afresh: for what is told to the user."""
+    traced = trace(mod, kind, device)
+    finished = _finished(traced)
+    return Described(finished.key, finished.captures, finished.numbers, traced.program)
+
+
 def lift(mod: Callable[..., Any], kind: str, device: torch.device) -> Lifted:
     """The program of a mod and its arguments; traces it unless a mod like it has been traced before.
 

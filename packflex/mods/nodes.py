@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 INDICES = ("b", "h", "q", "kv")
+EXACT_INDICES = 1 << 24  # float32 holds every integer up to here
 _FOLDABLE = {"add", "sub", "mul", "neg", "cast", "div", "abs"}
 
 
@@ -107,8 +108,27 @@ class Builder:
         return Node("scalar", (), dtype, frozenset(), len(self.scalars) - 1)
 
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
-        """The node in another type; itself when it has it."""
-        return node if node.dtype == dtype else self.make("cast", (node,), dtype, where=node.where)
+        """The node in another type; itself when it has it.
+
+        A distance of two indices becomes float32 before it is taken: a subtraction of two rows of floats in place of
+        one of integers and a conversion for each element. It is exact for indices below `EXACT_INDICES`.
+        """
+        if node.dtype == dtype:
+            return node
+        if dtype == torch.float32 and _is_distance(node):
+            return self.make(node.op, [self.cast(arg, dtype) for arg in node.args], dtype, where=node.where)
+        return self.make("cast", (node,), dtype, where=node.where)
+
+
+def _is_distance(node: Node) -> bool:
+    """Whether an integer is a difference of two indices, with `abs`, `neg` and limits around it."""
+    if node.op in ("abs", "neg"):
+        return _is_distance(node.args[0])
+    if node.op in ("max", "min"):
+        return any(map(_is_distance, node.args)) and all(
+            arg.op in ("scalar", "constant") or _is_distance(arg) for arg in node.args
+        )
+    return node.op == "sub" and all(arg.op == "input" and arg.value in INDICES for arg in node.args)
 
 
 def _folded(op: str, values: list[Any], dtype: torch.dtype) -> Any:

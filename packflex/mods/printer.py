@@ -7,6 +7,7 @@ belongs to a row is computed once a row. Plain Triton and Gluon share every name
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -34,6 +35,15 @@ DEVICE = {
     "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "lgamma", "trunc", "atan2", "hypot",
     "copysign",
 }  # fmt: skip
+
+
+_FROM_DEVICE = sorted({*DEVICE, "round_even", "power", "scatter", "scatter_tile"})
+
+
+def device_imports(body: str) -> str:
+    """The import of those functions of `packflex.mods.device` that a printed kernel calls; empty when it calls none."""
+    used = [name for name in _FROM_DEVICE if re.search(rf"\b{name}\(", body)]
+    return f"from packflex.mods.device import {', '.join(used)}\n" if used else ""
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,9 @@ def test_equals_torch_flex_attention(name):
     arguments = [inputs.leaves[name] for name in ("dq", "dk", "dv")]
     compiled = torch.compile(torch_flex, dynamic=False, fullgraph=True)
     out, aux = compiled(
-        *arguments, score_mod=mods.score_mod, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True)
-    )
+        *arguments, score_mod=mods.score_mod, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True),
+        kernel_options={"num_stages": 1},  # torch's own choice needs more shared memory than an H100 has
+    )  # fmt: skip
     leaves = inputs.leaves | mods.captured
     seen = aux.lse > -torch.inf
     theirs = torch.autograd.grad((out, aux.lse), list(leaves.values()), (inputs.grad_out, inputs.grad_lse * seen))
@@ -182,7 +183,10 @@ def test_a_million_by_a_million_in_intervals():
 def compiled_kernels():
     """How many binaries the printed kernels have, tile kernels among them."""
     kernels = [
-        x for x in gc.get_objects() if isinstance(x, triton.JITFunction) and x.module.startswith("packflex_mod_")
+        # by type: isinstance would look at every attribute that some library gives a warning for
+        x
+        for x in gc.get_objects()
+        if type(x) is triton.JITFunction and x.module.startswith("packflex_mod_")
     ]
     return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 

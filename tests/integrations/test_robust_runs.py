@@ -42,7 +42,7 @@ def data(batch_size=2):
     return PackedDataModule(packed_rows(), seq_len=SEQ_LEN, batch_size=batch_size, seed=5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 @pytest.mark.parametrize("batch", [4, 5], ids=["in the middle of accumulation", "at its end"])
 def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(tmp_path, number, batch):
     whole, first, second = Recorder(), Recorder(), Recorder()

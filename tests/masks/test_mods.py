@@ -179,7 +179,7 @@ def test_every_mod_is_documented_with_its_picture():
 
 def test_the_code_of_the_page_runs():
     """Each section's lines in the names of the first block, and its mod in attention."""
-    first, *blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "masks.md").read_text(), re.S)
+    first, *blocks, own = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "masks.md").read_text(), re.S)
     names = {}
     exec(first, names)
     assert names["out"].shape == (2, 4, 64, 16)
@@ -195,3 +195,6 @@ def test_the_code_of_the_page_runs():
             out = names["flex_attention"](*tensors, score_mod=given["score_mod"], backend="reference")
         assert out.isfinite().all(), block
         assert not torch.equal(out, names["out"]), block
+    exec(own, names)
+    assert names["learned"].grad.shape == (4, 64)
+    assert names["learned"].grad.norm() > 0

@@ -11,6 +11,7 @@ from torch import Tensor
 from packflex.attention.mods.ops import mod_attention
 from packflex.masks.block_mask import BlockMask
 from packflex.mods.lifted import Lifted, lift
+from packflex.mods.nodes import EXACT_INDICES
 
 
 def attention_with_mods(
@@ -28,6 +29,10 @@ def attention_with_mods(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """out and lse through the printed kernels; `intervals` are those of the mask, or None when it holds lists."""
+    if max(q.shape[2], k.shape[2]) > EXACT_INDICES:
+        raise NotImplementedError(
+            f"mods take rows of up to {EXACT_INDICES} tokens; got {q.shape[2]} queries and {k.shape[2]} keys"
+        )
     mask_mod = None
     if intervals is None:
         assert mask is not None

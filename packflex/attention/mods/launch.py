@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,14 +27,17 @@ from packflex.attention.triton.launch import (
 from packflex.attention.triton.tiles import KernelTiles, Tile, default_tiles, edge_rows, heads_per_tile
 from packflex.mods import source
 from packflex.mods.errors import short_name
-from packflex.mods.nodes import Program
+from packflex.mods.nodes import Program, ordered
 from packflex.mods.printer import arguments
 
 # Between the tables' tiles for long spans and those for short ones, on Hopper: as many keys, fewer queries at a time
-_LEAN_DKDV, _LEAN_DQ = Tile(32, 128, 8, 2), Tile(128, 32, 8, 3)
+_LEAN_DKDV, _LEAN_DQ = Tile(32, 128, 8, 3), Tile(128, 32, 8, 3)
 _LEAN_AMPERE = KernelTiles(Tile(64, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2))
-# Registers a thread may spill in a tile that is taken all the same
-_FEW_SPILLS = 8
+# Where a mod computes this many nodes for each element, 4 warps of 64 rows are faster than 8 of 128
+_BUSY, _BUSY_FORWARD = 3, Tile(64, 64, 4, 3)
+# Registers a thread may spill in a tile that is taken all the same; more of them in tiles that were measured with them
+_FEW_SPILLS, _SOME_SPILLS = 8, 64
+_WORTH_SPILLS = {Tile(32, 64, 4, 3), _LEAN_DKDV, _BUSY_FORWARD}
 # Bits that a 64-bit sum of a deterministic backward has for one contribution and all that are added to it
 _SUM_BITS = 62
 
@@ -126,7 +128,7 @@ def kernel_module(name: str, request: templates.Request) -> ModuleType:
     """The module of a printed kernel: "mod_forward", "mod_dkdv" or "mod_dq"."""
     kernels = {"mod_forward": templates.forward_text, "mod_dq": templates.dq_text, "mod_dkdv": templates.dkdv_text}
     named = " and ".join(short_name(p.name) for p in (request.mask, request.score) if p is not None)
-    return source.load(templates.header(f"{name} of {named}") + "\n" + kernels[name](request))
+    return source.load(templates.with_header(f"{name} of {named}", kernels[name](request)))
 
 
 def _heads(call: Call, tile: Tile, blocks: Blocks, gradients: bool) -> int:
@@ -156,24 +158,34 @@ def fitted_tile(tile: Tile, heads: int, mask_tile: tuple[int, int]) -> Tile:
     return Tile(block_m, block_n, tile.num_warps, tile.num_stages, tile.max_heads)
 
 
-def candidates(dtype: torch.dtype, head_dim: int, capability: int, softcap: bool, long: bool) -> list[KernelTiles]:
-    """Tiles to try in order: the fast table's, which a mod's registers may spill, then others that leave more."""
-    found: list[KernelTiles] = []
-    for tight, long_tiles in ((softcap, long), (softcap, False), (True, False)):
-        tiles = default_tiles(dtype, head_dim, capability, tight, long_tiles)
-        if long_tiles and dtype != torch.float32 and head_dim <= 128 and capability // 10 in (9, 10):
-            found += [tiles, dataclasses.replace(tiles, dkdv=_LEAN_DKDV, dq=_LEAN_DQ)]
-        elif tiles not in found:
-            found.append(tiles)
-    if capability // 10 not in (9, 10) and head_dim <= 64:
-        found.append(_LEAN_AMPERE)
-    return found
+def candidate_tiles(
+    name: str, dtype: torch.dtype, head_dim: int, capability: int, softcap: bool, long: bool, score: Program | None
+) -> list[Tile]:
+    """Tiles of "forward", "dkdv" or "dq" to try in order: the tables', then leaner ones for mods of many registers."""
+    kinds = ((softcap, long), (softcap, False), (True, False))
+    tables = [default_tiles(dtype, head_dim, capability, *kind) for kind in kinds]
+    tiles = list(dict.fromkeys(getattr(table, name) for table in tables))
+    if dtype != torch.float32 and head_dim <= 128 and capability // 10 in (9, 10):
+        if name == "forward" and head_dim > 64 and long and _is_busy(score):
+            tiles.insert(0, _BUSY_FORWARD)
+        if name != "forward":
+            tiles.insert(2, {"dkdv": _LEAN_DKDV, "dq": _LEAN_DQ}[name])
+    elif dtype != torch.float32 and head_dim <= 64:
+        tiles.append(getattr(_LEAN_AMPERE, name))
+    return tiles
+
+
+def _is_busy(score: Program | None) -> bool:
+    """Whether a mod computes more than a little for each element."""
+    if score is None:
+        return False
+    return sum(node.is_full and node.op != "input" for node in ordered([score.out])) >= _BUSY
 
 
 def _resolved(call: Call, name: str) -> list[Tile]:
     dim, capability = max(call.q.shape[3], call.v.shape[3]), _capability(call.q.device)
-    tables = candidates(call.q.dtype, dim, capability, call.softcap > 0, call.long_spans)
-    tiles = [getattr(table, name) for table in tables]
+    score = None if call.score is None else call.score.program
+    tiles = candidate_tiles(name, call.q.dtype, dim, capability, call.softcap > 0, call.long_spans, score)
     if call.tiles:
         at = {"forward": 0, "dkdv": 5, "dq": 10}[name]
         given = call.tiles[at : at + 5]
@@ -181,7 +193,7 @@ def _resolved(call: Call, name: str) -> list[Tile]:
         own = (default.block_m, default.block_n, default.num_warps, default.num_stages, default.max_heads)
         if any(given):
             return [Tile(*(g or d for g, d in zip(given, own, strict=True)))]
-    return list(dict.fromkeys(tiles))
+    return tiles
 
 
 _chosen: dict[Any, Tile] = {}
@@ -222,12 +234,15 @@ class _Launch:
         spills: dict[Tile, int] = {}
         for tile in tiles if len(tiles) > 1 else []:
             kernel, grid, constants = self._prepared(tile)
-            compiled = kernel.warmup(*self.fixed, grid=grid, **constants)
-            compiled._init_handles()
+            try:
+                compiled = kernel.warmup(*self.fixed, grid=grid, **constants)
+                compiled._init_handles()
+            except triton.runtime.errors.OutOfResources:  # a mod's own tiles may take too much shared memory
+                continue
             spills[tile] = compiled.n_spills
-            if compiled.n_spills <= _FEW_SPILLS:
+            if compiled.n_spills <= (_SOME_SPILLS if tile in _WORTH_SPILLS else _FEW_SPILLS):
                 return tile
-        return min(tiles, key=lambda tile: spills.get(tile, 0))
+        return min(spills or tiles, key=lambda tile: spills.get(tile, 0))
 
     def _prepared(self, tile: Tile) -> tuple[Any, tuple[int, int, int], dict[str, Any]]:
         """The kernel, its grid and its constants."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from packflex.mods.nodes import CapturedGradient, Node, Program
-from packflex.mods.printer import DEVICE, Printer, Statement
+from packflex.mods.printer import Printer, Statement, device_imports
 
 HEADER = '''"""Printed by packflex: {what}."""
 
@@ -21,12 +21,8 @@ import triton
 import triton.language as tl
 
 from packflex.attention.triton.forward import LN_2, LOG2_E, capped, load_tile, tile_rows
-from packflex.mods.device import (
 {imports}
-)
-
 '''
-_DEVICE_IMPORTS = sorted({*DEVICE, "round_even", "power", "scatter", "scatter_tile"})
 _CONSTANTS = (
     "GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr,\n"
     "    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, "
@@ -60,9 +56,9 @@ class Request:
         return self.mask is not None
 
 
-def header(what: str) -> str:
-    """The beginning of a printed file."""
-    return HEADER.format(what=what, imports="\n".join(f"    {name}," for name in _DEVICE_IMPORTS))
+def with_header(what: str, body: str) -> str:
+    """A printed file: its imports before its kernel."""
+    return HEADER.format(what=what, imports=device_imports(body)) + "\n" + body
 
 
 class _Kernel:

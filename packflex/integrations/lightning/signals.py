@@ -10,14 +10,16 @@ from typing import Any
 import lightning as L
 import torch
 
+# SIGUSR2 is what submitit has SLURM send some minutes before a job's time is over.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _CHECK_EVERY = 10  # steps between two questions to the other ranks, each of which waits for the device
 
 
 class SaveOnSignal(L.Callback):
-    """On SIGINT or SIGTERM, finish the optimizer step, save a checkpoint, and stop training.
+    """On SIGINT, SIGTERM or SIGUSR2, finish the optimizer step, save a checkpoint, and stop training.
 
     A second Ctrl-C stops at once, without a checkpoint. Over several ranks a signal to any of them stops all at the
-    same step, a few steps later. Lightning's own handling of the two signals is set aside while training runs.
+    same step, a few steps later. Lightning's own handling of them is set aside while training runs.
 
     Args:
         dirpath: folder of `interrupted.ckpt`; the trainer's `default_root_dir` when None.
@@ -36,10 +38,10 @@ class SaveOnSignal(L.Callback):
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over both signals."""
+        """Take over the signals."""
         self.caught, self.checkpoint = None, None
         self._step = trainer.global_step
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             self._handlers[number] = signal.signal(number, self._note)
 
     def on_train_batch_end(

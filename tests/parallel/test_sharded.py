@@ -1,0 +1,61 @@
+"""`trainer=fsdp` (FSDP2) on CPUs: a sharded checkpoint of one number of ranks goes on on another."""
+
+import lightning as L
+import pytest
+
+from packflex.models import SetupError
+from tests.parallel import scenarios
+from tests.parallel.scenarios import STEPS, STOP, checkpoint_of, found, play_all
+
+from _checks import check_checkpoint, check_sharded  # isort: skip  # scenarios put the recipes on the path
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Whole runs on one and on two ranks, and the rest of each on the other number."""
+    place = tmp_path_factory.mktemp("sharded")
+    scenarios.make_place(place)
+    play_all(place, 1, ["fsdp"], "cpu", 120)
+    play_all(place, 2, ["fsdp", "fsdp_from_1", "context_parallel"], "cpu", 120)
+    play_all(place, 1, ["fsdp_from_2"], "cpu", 120)
+    return place
+
+
+def test_one_and_two_ranks_have_the_same_losses(place):
+    one, two = found(place, 1, "fsdp"), found(place, 2, "fsdp")
+    assert one["steps"] == two["steps"] == list(range(STEPS))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["heldout"] == pytest.approx(one["heldout"], rel=1e-4)
+    assert abs(one["losses"][0] / one["losses"][-1] - 1) > 0.03, "the weights move, so later losses depend on gradients"
+
+
+@pytest.mark.parametrize("began", [1, 2])
+def test_a_checkpoint_goes_on_on_another_number_of_ranks(place, began):
+    assert (checkpoint_of(place, began) / ".metadata").is_file(), "a folder that every rank wrote its part of"
+    whole, rest = found(place, began, "fsdp"), found(place, 3 - began, f"fsdp_from_{began}")
+    assert rest["steps"] == list(range(STOP, STEPS))
+    assert rest["losses"] == pytest.approx(whole["losses"][STOP:], rel=1e-4)
+    assert rest["heldout"] == pytest.approx(whole["heldout"], rel=1e-4)
+
+
+def test_nothing_half_written_is_left(place):
+    folder = checkpoint_of(place, 2).parent
+    assert sorted(entry.name for entry in folder.iterdir()) == ["last.ckpt", "step-3.ckpt", "step-6.ckpt"]
+
+
+def test_what_a_sharded_checkpoint_is_refused_for(place, tmp_path):
+    checkpoint = checkpoint_of(place, 2)
+    assert check_checkpoint(str(checkpoint), -1) == STOP
+    with pytest.raises(SetupError, match=rf"has done its {STOP} steps, and trainer\.max_steps={STOP}; raise"):
+        check_checkpoint(str(checkpoint), STOP)
+    alone = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_steps=1)
+    with pytest.raises(SetupError, match="a sharded checkpoint, which only trainer=fsdp goes on from"):
+        check_sharded(str(checkpoint), alone)
+
+
+def test_context_parallel_logits_and_gradients(place):
+    errors = found(place, 2, "context_parallel")
+    assert errors["moves"], "nothing would be exchanged otherwise"
+    assert max(errors[name] for name in ("logits", "loss", "gradients")) < 1e-5

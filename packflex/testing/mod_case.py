@@ -28,7 +28,7 @@ from packflex.testing.tolerances import (
 )
 
 SMALL_TILES = {
-    "forward_block_m": 32, "forward_block_n": 32, "dkdv_block_m": 32, "dkdv_block_n": 32, "dq_block_m": 32,
+    "forward_block_m": 64, "forward_block_n": 32, "dkdv_block_m": 32, "dkdv_block_n": 64, "dq_block_m": 64,
     "dq_block_n": 32,
 }  # fmt: skip
 

@@ -1,0 +1,432 @@
+"""Traces are made once, programs kept by structure: what changes no kernel, what does; and no change is missed."""
+
+import functools
+import gc
+import math
+import weakref
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from packflex import PackedLayout, create_block_mask, document_mask, flex_attention, masks, score_mods
+from packflex.mods import lifted as lifted_module
+from packflex.mods import source
+from packflex.mods.fingerprint import Fingerprint, UnknownValueError
+from packflex.mods.lifted import PROGRAMS, lift
+from packflex.testing.mod_case import SMALL_TILES, modified_attention
+from packflex.testing.tolerances import relative_error
+
+CPU = torch.device("cpu")
+H, S = 2, 40
+
+
+def tensors(length=S, batch=1):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, H, length, 16, generator=generator).requires_grad_() for _ in range(3)]
+
+
+def attend(score_mod=None, block_mask=None, length=S, backend="triton"):
+    """out, with the backward done."""
+    leaves = tensors(length, 1 if block_mask is None else block_mask.shape[0])
+    options = SMALL_TILES if backend == "triton" else None
+    out = flex_attention(*leaves, score_mod=score_mod, block_mask=block_mask, backend=backend, kernel_options=options)
+    out.square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves)
+    return out.detach()
+
+
+def expected(score, seen=None, length=S):
+    """By the oracle, from a formula."""
+    q, k, v = (x.detach().double() for x in tensors(length, 1 if seen is None else len(seen)))
+    seen = torch.ones((), dtype=torch.bool) if seen is None else seen
+    seen = seen.expand(len(q), H, length, length)
+    return modified_attention(q, k, v, seen, score, None, None)[0]
+
+
+def key(mod, kind="score"):
+    return lift(mod, kind, CPU).key
+
+
+def counters():
+    """Programs, printed files, and what was asked of the printer in vain."""
+    info = source.load.cache_info()
+    return len(PROGRAMS), info.currsize, info.misses
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Counts calls of the tracer, which remembers nothing of other tests."""
+    count = []
+    monkeypatch.setattr(lifted_module, "_traces", OrderedDict())
+    trace = lifted_module.trace
+    monkeypatch.setattr(lifted_module, "trace", lambda *arguments: count.append(1) or trace(*arguments))
+    return count
+
+
+def scaled(factor, table):
+    def mod(score, b, h, q_idx, kv_idx):
+        return score * factor + table[h, kv_idx]
+
+    return mod
+
+
+# One kernel
+
+
+def test_a_changed_scalar_or_tensor_keeps_the_kernel():
+    tables = [torch.randn(H, S) for _ in range(3)]
+    attend(scaled(0.5, tables[0]))
+    before = counters()
+    assert min(before) > 0
+    for factor, table in ((0.5, tables[1]), (1.75, tables[0]), (-3.0, tables[2]), (1e-3, torch.zeros(H, S))):
+        found = attend(scaled(factor, table))
+        exact = expected(lambda s, b, h, q, kv, factor=factor, table=table: s * factor + table.double()[h, kv])
+        assert relative_error(found, exact) < 3e-6
+    assert counters() == before
+
+
+def test_lengths_and_shapes_keep_the_kernel():
+    attend(scaled(0.5, torch.randn(H, S)))
+    before = counters()
+    for length in (1, 17, 63):
+        table = torch.randn(H, length)
+        found = attend(scaled(2.0, table), length=length)
+        exact = expected(lambda s, b, h, q, kv, table=table: 2 * s + table.double()[h, kv], length=length)
+        assert relative_error(found, exact) < 3e-6
+    assert counters() == before
+
+
+def documents(layout, window):
+    ids = layout.document_ids
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return torch.where(ids[b, kv_idx] % 2 == 0, score, score * 0.5)
+
+    dilated = masks.and_masks(masks.document(layout), masks.dilated_window(window, 2))
+    return mod, create_block_mask(dilated, 2, None, layout.seq_len, layout.seq_len, device="cpu", BLOCK_SIZE=32)
+
+
+def test_a_changed_layout_keeps_the_kernel():
+    def run(rows, length, window):
+        layout = PackedLayout.from_lengths(rows, length)
+        mod, mask = documents(layout, window)
+        found = attend(mod, mask, length)
+        attend(mod, document_mask(layout), length)
+        ids = layout.document_ids
+        q, kv = torch.arange(length)[:, None], torch.arange(length)
+        same = (ids[:, :, None] == ids[:, None]) & (ids[:, :, None] >= 0)
+        seen = (same & (q >= kv) & (q - kv < 2 * window) & ((q - kv) % 2 == 0))[:, None]
+        exact = expected(lambda s, b, h, q, kv: torch.where(ids[b, kv] % 2 == 0, s, s * 0.5), seen, length)
+        assert relative_error(found, exact) < 3e-6
+
+    run([[3, 20, 9], [30]], S, 4)
+    before = counters()
+    run([[1] * 20, [40]], S, 4)
+    run([[40], []], S, 9)
+    run([[5, 50], [63]], 63, 2)
+    assert counters() == before
+
+
+@pytest.mark.parametrize("make", [
+    lambda n: masks.sliding_window(n + 1), lambda n: masks.global_tokens(n + 1),
+    lambda n: masks.dilated_window(n + 2, n + 3), lambda n: masks.strided(n + 2, n + 1),
+    lambda n: masks.prefix_lm(n + 2), lambda n: masks.prefix_lm(torch.tensor([n, n + 4])),
+    lambda n: masks.natten_2d(6 + n, 5, 3),
+    lambda n: masks.per_document(PackedLayout.from_lengths([[n + 1, 5], [9]], S), masks.global_tokens(n + 1)),
+])  # fmt: skip
+def test_masks_of_other_numbers_are_one_program(make):
+    assert len({key(make(n), "mask") for n in (0, 1, 5, 30)}) == 1
+
+
+@pytest.mark.parametrize("make", [
+    lambda n: score_mods.alibi(torch.randn(n + 1)), lambda n: score_mods.softcap(n + 0.5),
+    lambda n: score_mods.distance_penalty(0.1 * n), lambda n: score_mods.relative_bias(torch.randn(2, 32), 100 + n),
+    lambda n: score_mods.absolute_bias(torch.randn(n + 1, 7)),
+    lambda n: lambda s, b, h, q, kv: s * n + (q // (n + 1)) % (n + 2) + torch.tensor(n / 7),
+])  # fmt: skip
+def test_score_mods_of_other_numbers_are_one_program(make):
+    assert len({key(make(n)) for n in (2, 3, 5, 30)}) == 1
+
+
+def test_functions_that_compute_alike_are_one_program():
+    def first(score, b, h, q_idx, kv_idx):
+        return score - 0.1 * (q_idx - kv_idx)
+
+    def second(score, batch, head, query, key_):
+        distance = query - key_
+        return score - distance * 0.7
+
+    assert key(first) == key(second)
+    table = torch.randn(3, S)
+    assert key(lambda s, b, h, q, kv: s * 7 + table[h, kv]) == key(scaled(0.5, torch.randn(2, 9)))
+
+
+# Another kernel
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    (lambda s, b, h, q, kv: s + q, lambda s, b, h, q, kv: s - q),
+    (lambda s, b, h, q, kv: s + q, lambda s, b, h, q, kv: s + kv),
+    (lambda s, b, h, q, kv: s - (q - kv), lambda s, b, h, q, kv: s - (kv - q)),
+    (lambda s, b, h, q, kv: s**2, lambda s, b, h, q, kv: s**3),
+    (lambda s, b, h, q, kv: s.clamp(min=0.5), lambda s, b, h, q, kv: s.clamp(max=0.5)),
+    (score_mods.head_gate(torch.zeros(2)), score_mods.head_gate(torch.zeros(2, requires_grad=True))),
+    (score_mods.head_gate(torch.zeros(2)), score_mods.head_gate(torch.zeros(2, dtype=torch.float16))),
+    (score_mods.absolute_bias(torch.zeros(4)), score_mods.absolute_bias(torch.zeros(4, 4))),
+    (score_mods.absolute_bias(torch.zeros(4, 4)), score_mods.absolute_bias(torch.zeros(4, 8)[:, ::2])),
+    (lambda s, b, h, q, kv: s + s.detach(), lambda s, b, h, q, kv: s + s),
+    (lambda s, b, h, q, kv: s * float("inf"), lambda s, b, h, q, kv: s * 2.0),
+])  # fmt: skip
+def test_another_structure_is_another_program(one, other):
+    assert key(one) != key(other)
+
+
+def test_one_tensor_in_two_places_is_another_program_than_two():
+    """Their gradients go to one tensor or to two."""
+
+    def mod(left, right):
+        return lambda s, b, h, q, kv: s + left[q] + right[kv]
+
+    first, second = (torch.zeros(S, requires_grad=True) for _ in range(2))
+    assert key(mod(first, second)) != key(mod(first, first))
+    assert lift(mod(first, first), "score", CPU).captures == [first]
+    lifted = lift(mod(second, first), "score", CPU)
+    assert [x is y for x, y in zip(lifted.captures, (second, first), strict=True)] == [True, True]
+
+
+# The tracer runs once, and again when what it saw has changed
+
+
+def test_a_mod_is_traced_once(traces):
+    table = torch.randn(H, S)
+    mod = scaled(0.25, table)
+    for _ in range(3):
+        attend(mod)
+    attend(scaled(0.25, torch.randn(H, S)))
+    assert len(traces) == 1
+    attend(scaled(0.75, table))
+    assert len(traces) == 2, "a number is part of what a trace is remembered by, not of its kernel"
+
+
+def test_fresh_closures_over_fresh_layouts_are_traced_once(traces):
+    for rows in ([[3, 20], [30]], [[1] * 9, [40]], [[40], []]):
+        attend(*documents(PackedLayout.from_lengths(rows, S), 4))
+    assert len(traces) == 2, "one mask, one score_mod"
+
+
+def changed(mod, change, before, after):
+    """The mod gives `before`, and after `change()` it gives `after`; both backends."""
+    for backend in ("triton", "reference"):
+        assert relative_error(attend(mod, backend=backend), expected(before)) < 3e-6
+    programs = counters()
+    change()
+    for backend in ("triton", "reference"):
+        assert relative_error(attend(mod, backend=backend), expected(after)) < 3e-6
+    assert relative_error(expected(after), expected(before)) > 1e-2
+    return programs
+
+
+def test_the_value_of_a_tensor_on_the_host_is_read_at_each_call(traces):
+    factor, step = torch.tensor(2.0), torch.tensor(3)
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score * factor + (q_idx // step - kv_idx % step)
+
+    def change():
+        factor.fill_(-0.5)
+        step.add_(4)
+
+    programs = changed(
+        mod,
+        change,
+        lambda s, b, h, q, kv: s * 2 + (q // 3 - kv % 3),
+        lambda s, b, h, q, kv: s * -0.5 + (q // 7 - kv % 7),
+    )
+    assert counters() == programs
+    assert len(traces) == 1
+
+
+def test_values_of_tables_are_read_at_each_call():
+    table = torch.zeros(S)
+    programs = changed(
+        lambda s, b, h, q, kv: s + table[kv],
+        lambda: table.copy_(torch.arange(S) / 9),
+        lambda s, b, h, q, kv: s,
+        lambda s, b, h, q, kv: s + kv / 9,
+    )
+    assert counters() == programs
+
+
+def test_what_is_computed_of_captured_tensors_is_computed_at_each_call(traces):
+    gate, row = torch.zeros(H), torch.ones(S)
+    changed(
+        lambda s, b, h, q, kv: s * torch.sigmoid(gate)[h] + (row * 2).cumsum(0)[kv],
+        lambda: (gate.fill_(3.0), row.mul_(-0.05)),
+        lambda s, b, h, q, kv: s * 0.5 + 2 * (kv + 1),
+        lambda s, b, h, q, kv: s / (1 + math.exp(-3)) - 0.1 * (kv + 1),
+    )
+    assert len(traces) == 1
+
+
+FACTOR = 2.0
+HELPER = torch.neg
+
+
+def uses_globals(score, b, h, q_idx, kv_idx):
+    return HELPER(score) * FACTOR
+
+
+def test_a_rebound_global_is_seen(monkeypatch):
+    changed(
+        uses_globals,
+        lambda: monkeypatch.setitem(globals(), "FACTOR", 0.5),
+        lambda s, b, h, q, kv: -2 * s,
+        lambda s, b, h, q, kv: -0.5 * s,
+    )
+    changed(
+        uses_globals,
+        lambda: monkeypatch.setitem(globals(), "HELPER", torch.sin),
+        lambda s, b, h, q, kv: -0.5 * s,
+        lambda s, b, h, q, kv: 0.5 * torch.sin(s),
+    )
+
+
+def test_a_changed_closure_is_seen():
+    factor = 2.0
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score * factor
+
+    def change():
+        nonlocal factor
+        factor = -1.0
+
+    changed(mod, change, lambda s, b, h, q, kv: 2 * s, lambda s, b, h, q, kv: -s)
+
+
+class Settings:
+    def __init__(self):
+        self.factor, self.flip, self.table, self.nested = 2.0, False, torch.zeros(S), {"shift": [0.0, 1.0]}
+
+    def __call__(self, score, b, h, q_idx, kv_idx):
+        sign = -1 if self.flip else 1
+        return sign * score * self.factor + self.table[kv_idx] + self.nested["shift"][0] * kv_idx
+
+    def method(self, score, b, h, q_idx, kv_idx):
+        return self(score, b, h, q_idx, kv_idx)
+
+
+@pytest.mark.parametrize("how", ["object", "method", "closure", "partial", "default"])
+@pytest.mark.parametrize(
+    ("change", "after"),
+    [
+        (lambda x: setattr(x, "factor", 0.5), lambda s, b, h, q, kv: 0.5 * s),
+        (lambda x: setattr(x, "flip", True), lambda s, b, h, q, kv: -2 * s),
+        (lambda x: setattr(x, "table", torch.arange(S) / 10), lambda s, b, h, q, kv: 2 * s + kv / 10),
+        (lambda x: x.nested["shift"].__setitem__(0, 0.25), lambda s, b, h, q, kv: 2 * s + kv / 4),
+    ],
+    ids=["number", "branch", "tensor", "list in a dict"],
+)
+def test_a_changed_attribute_is_seen(change, after, how):
+    settings = Settings()
+    mod = {
+        "object": settings,
+        "method": settings.method,
+        "closure": lambda *arguments: settings(*arguments),
+        "partial": functools.partial(lambda s, b, h, q, kv, x: x(s, b, h, q, kv), x=settings),
+        "default": lambda s, b, h, q, kv, x=settings: x.method(s, b, h, q, kv),
+    }[how]
+    found = attend(mod)
+    assert relative_error(found, expected(lambda s, b, h, q, kv: 2 * s)) < 3e-6
+    change(settings)
+    assert relative_error(attend(mod), expected(after)) < 3e-6
+
+
+def test_a_changed_module_is_seen():
+    class Bias(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Module() for _ in range(2)])
+            for layer in self.layers:
+                layer.bias = torch.nn.Parameter(torch.zeros(S))
+            self.register_buffer("factor", torch.ones(H))
+
+        def forward(self, score, b, h, q_idx, kv_idx):
+            for layer in self.layers:
+                score = score + layer.bias[kv_idx]
+            return score * self.factor[h] if self.training else score
+
+    module = Bias()
+    assert relative_error(attend(module), expected(lambda s, b, h, q, kv: s)) < 3e-6
+    module.factor = torch.tensor([2.0, 3.0])
+    assert relative_error(attend(module), expected(lambda s, b, h, q, kv: s * (h + 2))) < 3e-6
+    module.layers[1].bias = torch.nn.Parameter(torch.arange(S) / 7)
+    assert relative_error(attend(module), expected(lambda s, b, h, q, kv: (s + kv / 7) * (h + 2))) < 3e-6
+    module.eval()
+    assert relative_error(attend(module), expected(lambda s, b, h, q, kv: s + kv / 7)) < 3e-6
+    module.layers.append(torch.nn.Module())
+    module.layers[2].bias = torch.nn.Parameter(-torch.arange(S) / 7)
+    assert relative_error(attend(module), expected(lambda s, b, h, q, kv: s)) < 3e-6
+
+
+def test_whether_a_gradient_is_wanted_is_seen():
+    bias = torch.zeros(S, requires_grad=True)
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score + (2 * bias)[kv_idx]
+
+    with torch.no_grad():
+        flex_attention(*tensors(), score_mod=mod, backend="triton", kernel_options=SMALL_TILES)
+    attend(mod)
+    assert bias.grad.norm() > 1e-3
+    bias.grad = None
+    bias.requires_grad_(False)
+    attend(mod)
+    assert bias.grad is None
+
+
+def test_each_call_has_its_own_tensors():
+    """A remembered trace hands no tensor of an older closure to a newer one."""
+    for seed in range(4):
+        table = torch.randn(H, S, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        found = attend(scaled(1.0, table))
+        exact = expected(lambda s, b, h, q, kv, table=table: s + table.detach().double()[h, kv])
+        assert relative_error(found, exact) < 3e-6
+        assert table.grad.norm() > 1e-3
+
+
+def test_a_mod_that_cannot_be_compared_is_traced_at_each_call(traces):
+    """An object without a dict may have changed in any way; it is never remembered."""
+
+    class Slots:
+        __slots__ = ("factor",)
+
+    holder = Slots()
+    holder.factor = 2.0
+    with pytest.raises(UnknownValueError):
+        Fingerprint(lambda s, b, h, q, kv: s * holder.factor)
+    changed(
+        lambda s, b, h, q, kv: s * holder.factor,
+        lambda: setattr(holder, "factor", -1.0),
+        lambda s, b, h, q, kv: 2 * s,
+        lambda s, b, h, q, kv: -s,
+    )
+    assert len(traces) == 4
+
+
+def test_traces_are_forgotten_in_the_end(monkeypatch):
+    """A number of its own for each call fills no memory: the oldest traces go."""
+    monkeypatch.setattr(lifted_module, "_traces", OrderedDict())
+    monkeypatch.setattr(lifted_module, "_MOST_TRACES", 3)
+    table = torch.zeros(S)
+    gone = weakref.ref(table)
+    programs = {key(lambda s, b, h, q, kv, table=table: s + 0.1 * table[kv])}
+    del table
+    for n in range(3):
+        other = torch.zeros(S)
+        programs.add(key(lambda s, b, h, q, kv, n=n, table=other: s + (n + 0.5) * table[kv]))
+    gc.collect()
+    assert len(lifted_module._traces) == 3
+    assert len(programs) == 1
+    assert gone() is None

@@ -7,8 +7,9 @@
 Packed: rows of best fit in the seed's random order, packflex attention. Padded: documents in the seed's random order,
 transformers' SDPA; a step's documents lie in micro-batches of like lengths, as large as a packed step, which is the
 fastest that padding can be made. Both have equally many optimizer steps, the learning rate follows the share of
-supervised tokens seen, and a step's loss is the sum over its supervised tokens divided by their number. Each run's
-held-out loss is computed both ways. Runs are dealt to the GPUs, one at a time on each, so clocks are fair.
+supervised tokens seen, and a step's loss is the sum over its supervised tokens divided by their number. With
+--same-steps a padded step has the very documents of the packed one, which leaves nothing but the computation to differ;
+without, the orders differ as they would between two users. Each run's held-out loss is computed both ways. Runs are dealt to the GPUs, one at a time on each, so clocks are fair.
 """
 
 from __future__ import annotations
@@ -119,10 +120,12 @@ def make_steps(way: str, corpus: Corpus, arguments: argparse.Namespace, seed: in
     rows_per_step = arguments.tokens // arguments.seq_len
     rows = packed_rows(corpus.train, arguments.seq_len)
     count = math.ceil(len(rows) / rows_per_step)
+    row_numbers = row_order(len(rows), seed, epoch)
+    groups = [[rows[i] for i in row_numbers[k * rows_per_step : (k + 1) * rows_per_step]] for k in range(count)]
     if way == "packed":
-        order = row_order(len(rows), seed, epoch)
-        groups = [order[i * rows_per_step : (i + 1) * rows_per_step] for i in range(count)]
-        return [[packed_batch([rows[i] for i in group], arguments.seq_len)] for group in groups]
+        return [[packed_batch(group, arguments.seq_len)] for group in groups]
+    if arguments.same_steps:
+        return [padded_batches([document for row in group for document in row], arguments.tokens) for group in groups]
     order = np.random.default_rng([seed, epoch, 1]).permutation(len(corpus.train))
     documents = [corpus.train[i] for i in order]
     # as many supervised tokens in each step as the packed steps have on average; the last packed one may be smaller
@@ -332,6 +335,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup-share", type=float, default=0.1, help="of the supervised tokens")
     parser.add_argument("--vocabulary", type=int, default=4096, help="of the tokenizer that is trained")
     parser.add_argument("--limit-documents", type=int, help="stop after this many")
+    parser.add_argument("--same-steps", action="store_true", help="padded steps take the documents of packed ones")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu")
     parser.add_argument("--devices", type=int, default=cuda or 1, help="processes, one a GPU")
     parser.add_argument(

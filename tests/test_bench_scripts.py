@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import bench_scaling
 import learning_proof
 
-SETTINGS = argparse.Namespace(seq_len=64, tokens=128)
+SETTINGS = argparse.Namespace(seq_len=64, tokens=128, same_steps=False)
 
 
 def corpus(count=120, seed=0):
@@ -40,6 +40,18 @@ def test_packed_and_padded_epochs_hold_the_same_tokens_in_as_many_steps(epoch):
     each = [[sum(int((b["labels"] != -100).sum()) for b in step) for step in steps[:-1]] for steps in (packed, padded)]
     assert np.mean(each[0]) == pytest.approx(np.mean(each[1]), rel=0.02)
     assert max(batch["input_ids"].numel() for step in padded for batch in step) <= SETTINGS.tokens
+
+
+def test_padded_steps_can_take_the_documents_of_packed_ones():
+    same = argparse.Namespace(**vars(SETTINGS) | {"same_steps": True})
+    packed, padded = (learning_proof.make_steps(way, corpus(), same, 3, 0) for way in ("packed", "padded"))
+    assert len(packed) == len(padded) > 10
+
+    def documents(step):
+        return sorted({int(n) for batch in step for n in batch["labels"].unique() if n != -100})
+
+    assert [documents(step) for step in packed] == [documents(step) for step in padded]
+    assert documents(padded[0]) != documents(padded[1])
 
 
 def test_seeds_and_epochs_have_their_own_order():

@@ -9,7 +9,8 @@ transformers' SDPA; a step's documents lie in micro-batches of like lengths, as 
 fastest that padding can be made. Both have equally many optimizer steps, the learning rate follows the share of
 supervised tokens seen, and a step's loss is the sum over its supervised tokens divided by their number. With
 --same-steps a padded step has the very documents of the packed one, which leaves nothing but the computation to differ;
-without, the orders differ as they would between two users. Each run's held-out loss is computed both ways. Runs are dealt to the GPUs, one at a time on each, so clocks are fair.
+without, the orders differ as they would between two users. Each run's held-out loss is computed both ways. Runs are
+dealt to the GPUs, one at a time on each, so clocks are fair.
 """
 
 from __future__ import annotations

@@ -220,6 +220,13 @@ def launcher_error(error: RuntimeError) -> str | None:
     return f"a job of the sweep failed: {reason}" + (f" (output: {logs[0]})" if logs else "")
 
 
+def _loader_state(path: str | None) -> dict[str, Any] | None:
+    """Where the training loader stood when a checkpoint was written; None when it does not say."""
+    if path is None:
+        return None
+    return _loaded(path).get("PackedDataModule", {}).get("train_loader")
+
+
 def fill_in(config: DictConfig, trainer: L.Trainer, rows: int) -> None:
     """Set what follows from the rest: the learning rate's default, the number of steps and of warm-up steps.
 
@@ -238,9 +245,18 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int) -> None:
         config.optimizer.lr = config.learning_rate[start]
     if config.steps.total is None:
         sharing = config.trainer.context_parallel_size
-        batches = math.ceil(rows / (config.packing.batch_size * (trainer.world_size // sharing)))
+        group = config.packing.batch_size * (trainer.world_size // sharing)
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
-        by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
+
+        def steps_for(rows: int) -> int:
+            return math.ceil(math.ceil(rows / group) / trainer.accumulate_grad_batches)
+
+        by_epochs = steps_for(rows) * epochs
+        state = _loader_state(config.ckpt_path)
+        if state is not None and state["group"] != group:  # the rest of the run takes other steps than what is done
+            done = _loaded(config.ckpt_path)["global_step"]
+            left = max(epochs - state["epoch"] - 1, 0)
+            by_epochs = done + steps_for(rows - state["consumed"]) + left * steps_for(rows)
         total = min(by_epochs, trainer.max_steps if trainer.max_steps > 0 else math.inf)
         if math.isinf(total):
             raise SetupError("the run has no end: set trainer.max_steps or trainer.max_epochs")

@@ -203,3 +203,5 @@ def test_hydra_s_own_settings():
     assert config.hydra.job.chdir is False
     assert config.hydra.job_logging.formatters.plain.format == "%(message)s"
     assert config.hydra.job_logging.handlers.console.formatter == "plain"
+    levels = {name: logger.level for name, logger in config.hydra.job_logging.loggers.items()}
+    assert levels == {"packflex.data": "WARNING", "packflex.data.loader": "INFO"}, "fillers of the last step are told"

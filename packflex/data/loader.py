@@ -86,6 +86,8 @@ class PackedLoader:
 
     def __len__(self) -> int:
         """Batches of an epoch on each rank; in a resumed epoch, those before the resume and those after it."""
+        if self._started and not self._resuming and self._consumed >= len(self.rows):
+            return self._steps_after(0)  # that epoch is over, and this is the next one's length
         return self._begun[1] + self._steps_after(self._begun[0])
 
     def __iter__(self) -> Iterator[Any]:
@@ -118,6 +120,11 @@ class PackedLoader:
             self._consumed = min(self._consumed + left.rows_per_step, len(self.rows))
             self._delivered += 1
             yield batch
+
+    @property
+    def regrouped(self) -> bool:
+        """Whether the epoch goes on with another number of rows a step, so that its length is one of its own."""
+        return self._started and self._begun[1] > 0 and self._group != self.batch_size * self.world_size
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration the given epoch, unless a state was just loaded."""

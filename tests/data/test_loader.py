@@ -113,3 +113,12 @@ def test_bad_arguments_and_states():
         make(rows_of(5)).load_state_dict(state)
     with pytest.raises(ValueError, match="loader had seed=0, this one has 1"):
         make(seed=1).load_state_dict(state)
+
+
+def test_rows_that_fill_the_last_step_are_told(caplog):
+    with caplog.at_level("INFO", logger="packflex.data.loader"):
+        list(make(rows_of(10), 4))
+        assert "10 rows, 4 a step over 1 ranks: the last step of epoch 0 has 2 rows without tokens" in caplog.text
+        caplog.clear()
+        list(make(rows_of(12), 4))
+        assert not caplog.text

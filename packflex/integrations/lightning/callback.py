@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from packflex.data.loader import PackedLoader
+from packflex.integrations.lightning.datamodule import PackedDataModule
 from packflex.integrations.lightning.shapes import attention_shape
 from packflex.integrations.transformers import enable_packflex, transformers_models
 from packflex.layout import PackedLayout
@@ -80,8 +82,16 @@ class PackFlexCallback(L.Callback):
         self._windows = {None} if self._attention is None else set(self._attention.windows)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the weights, once they exist."""
+        """Count the weights, once they exist, and refuse to resume an epoch that Lightning would cut short."""
         self._parameters = matmul_parameters(pl_module)
+        loader = trainer.train_dataloader
+        managed = isinstance(getattr(trainer, "datamodule", None), PackedDataModule)
+        if isinstance(loader, PackedLoader) and loader.regrouped and not managed:
+            raise RuntimeError(
+                f"the run goes on in the middle of an epoch with {loader.batch_size * loader.world_size} rows a step, "
+                "and began it with others. Lightning reads a loader's length before its state, so that rows would be "
+                "left out: use PackedDataModule, which takes care of it, or resume with as many ranks and rows"
+            )
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin anew with the rates."""

@@ -17,7 +17,9 @@ class PackedDataModule(L.LightningDataModule):
     """Loaders of packed rows for training and validation.
 
     Every rank gets its own rows and equally many batches, so Lightning must not add a sampler; it leaves loaders that
-    are no torch `DataLoader` alone. The training loader's position is saved in Lightning's checkpoints.
+    are no torch `DataLoader` alone. The training loader's position is saved in Lightning's checkpoints, here as well:
+    Lightning reads a loader's length before it gives the loader its state, and on another number of ranks, or with
+    another batch size, the epoch that a run resumes in has another length.
 
     Args:
         train: packed rows, as `pack_dataset` returns them.
@@ -61,12 +63,35 @@ class PackedDataModule(L.LightningDataModule):
         if context_parallel_size < 1:
             raise ValueError(f"context_parallel_size must be at least 1; got {context_parallel_size}")
         self._sharing = context_parallel_size
+        self._train_loader: PackedLoader | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._reloading: int | None = None
         if heldout is None:  # Lightning validates wherever val_dataloader is overridden
             self.__dict__["val_dataloader"] = super().val_dataloader
 
     def train_dataloader(self) -> PackedLoader:
         """This rank's training batches."""
-        return self._loader(self.train, self.batch_size, order=self._order, token_cost=self._token_cost)
+        trainer: Any = self.trainer
+        if self._reloading is not None and self._train_loader is not None:
+            trainer.reload_dataloaders_every_n_epochs, self._reloading = self._reloading, None
+            return self._train_loader
+        loader = self._loader(self.train, self.batch_size, order=self._order, token_cost=self._token_cost)
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and trainer is not None and trainer.ckpt_path is not None:
+            loader.load_state_dict(resumed)
+            if loader.regrouped:  # the next epoch has another length, which Lightning reads when it reloads
+                self._reloading = trainer.reload_dataloaders_every_n_epochs
+                trainer.reload_dataloaders_every_n_epochs = 1
+        self._train_loader = loader
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the training loader."""
+        return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a position for the next training loader."""
+        self._resumed = state_dict.get("train_loader")
 
     def val_dataloader(self) -> PackedLoader:
         """This rank's validation batches, in order."""

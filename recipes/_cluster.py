@@ -43,6 +43,8 @@ def _as_torchrun() -> None:
     from submitit.helpers import TorchDistributedEnvironment
 
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    # submitit's port of the job, below those that the system gives to connections as they come
+    os.environ["MASTER_PORT"] = str(20_000 + int(os.environ["MASTER_PORT"]) % 12_000)
 
 
 def _started_elsewhere() -> ClusterEnvironment | None:

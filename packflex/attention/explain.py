@@ -117,11 +117,11 @@ def _operand(node: Node, names: dict[int, str]) -> str:
 
 
 def _reduction(gradient: CapturedGradient) -> str:
-    if "kv" not in gradient.deps:
-        return "summed over each query's keys in registers, then added atomically"
-    if "q" not in gradient.deps:
-        return "summed over each key's queries in registers, then added atomically"
-    return "added atomically, equal addresses of a tile first summed where they are few"
+    return {
+        "rows": "summed over each query's keys in registers, then added atomically",
+        "columns": "summed over each key's queries in registers, then added atomically",
+        "tile": "added atomically, equal addresses of a tile first summed where they are few",
+    }[gradient.place]
 
 
 def _is_interval(masked: Lifted) -> bool:

@@ -53,6 +53,8 @@ def create_block_mask(
         if size < 1:
             raise ValueError(f"{name} must be at least 1; got {size}")
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     shape = (batch, heads, Q_LEN, KV_LEN)
     if torch.compiler.is_compiling():
         return _mask_of_lists(shape, tile, mask_mod, _tiles_by_rows(mask_mod, None, shape, tile, device))

@@ -23,6 +23,8 @@ from packflex.mods.evaluate import evaluate
 from packflex.mods.lifted import PROGRAMS, Lifted
 from packflex.mods.nodes import Node
 
+_KEPT: dict[object, Intervals] = {}
+_MOST_KEPT = 32
 _FLIPPED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq"}
 
 
@@ -98,9 +100,14 @@ class _UnrecognisedError(Exception):
 def recognised_intervals(lifted: Lifted, shape: tuple[int, int, int, int], device: torch.device) -> Intervals | None:
     """The intervals of a mask over (B, H, Q_LEN, KV_LEN), or None when its program does not show any."""
     documents = _documents(lifted, shape, device)
-    formula = interval_formula(lifted.key, tuple(lifted.numbers), tuple(documents))
+    numbers = tuple(lifted.numbers)
+    formula = interval_formula(lifted.key, numbers, tuple(documents))
     if formula is None:
         return None
+    # a mask that holds no tensor is the same whenever it is asked for; nothing writes to a mask's intervals
+    kept = None if lifted.captures or not _may_keep(device) else (lifted.key, numbers, shape, device)
+    if kept in _KEPT:
+        return _KEPT[kept]
     long = not documents and formula.lo is None and shape[3] >= 2048
     for origin in documents.values():
         if origin.num_tokens and not torch.compiler.is_compiling():
@@ -108,8 +115,21 @@ def recognised_intervals(lifted: Lifted, shape: tuple[int, int, int, int], devic
     if device.type == "cuda":
         from packflex.masks.interval_kernel import launch_intervals  # Triton only where it runs
 
-        return Intervals(*launch_intervals(lifted, formula, documents, shape, device), long)
-    return Intervals(*_by_torch(lifted, formula, documents, shape, device), long)
+        found = Intervals(*launch_intervals(lifted, formula, documents, shape, device), long)
+    else:
+        found = Intervals(*_by_torch(lifted, formula, documents, shape, device), long)
+    if kept is not None:
+        _KEPT[kept] = found
+        if len(_KEPT) > _MOST_KEPT:
+            _KEPT.pop(next(iter(_KEPT)))
+    return found
+
+
+def _may_keep(device: torch.device) -> bool:
+    """Whether tensors made now are good for later: not those of inference mode, nor those in a CUDA graph's memory."""
+    if torch.is_inference_mode_enabled():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def _documents(lifted: Lifted, shape: tuple[int, int, int, int], device: torch.device) -> dict[int, DocumentOrigin]:

@@ -261,7 +261,12 @@ def _quotient(x: Node, divisor: int, builder: Builder, of: torch.dtype, where: s
 def _divided(mode: str | None, arguments: list[Any], common: Any, given: Any, make: Any, builder: Builder,
              dtype: torch.dtype, where: str) -> Node:  # fmt: skip
     if mode is None:
-        return make("div", given(arguments[0], FLOAT), given(arguments[1], FLOAT))
+        divisor = arguments[1]
+        if (
+            type(divisor) in (int, float) and 1e-30 < abs(divisor) < 1e30
+        ):  # within one unit of the last place, and cheap
+            return make("mul", given(arguments[0], FLOAT), builder.scalar(1.0 / divisor, FLOAT))
+        return make("div", given(arguments[0], FLOAT), given(divisor, FLOAT))
     of = common(*arguments[:2])
     if mode == "floor" and (by := _by_a_number(arguments, given, of)) is not None:
         return _quotient(*by, builder, of, where)

@@ -169,6 +169,11 @@ class CapturedGradient:
         """The indices that the address varies with."""
         return frozenset[str]().union(*(index.deps for index in self.indices))
 
+    @property
+    def place(self) -> str:
+        """Where it is summed first: over each query's keys ("rows"), each key's queries ("columns"), or in a "tile"."""
+        return "rows" if "kv" not in self.deps else "tile" if "q" in self.deps else "columns"
+
 
 @dataclass(frozen=True)
 class Layout:

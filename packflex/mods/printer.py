@@ -26,18 +26,18 @@ _INFIX = {
     "ge": ">=", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>",
 }  # fmt: skip
 _CALLS = {
-    "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "log2": "tl.log2", "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt",
-    "sin": "tl.sin", "cos": "tl.cos", "sigmoid": "tl.sigmoid", "erf": "tl.erf", "floor": "tl.floor", "ceil": "tl.ceil",
+    "exp": "tl.exp", "exp2": "tl.exp2", "log": "natural_log", "log2": "fast_log2", "sqrt": "tl.sqrt",
+    "rsqrt": "tl.rsqrt", "sin": "tl.sin", "cos": "tl.cos", "erf": "tl.erf", "floor": "tl.floor", "ceil": "tl.ceil",
     "abs": "tl.abs", "where": "tl.where", "round": "round_even", "pow": "power",
 }  # fmt: skip
 DEVICE = {
-    "tanh", "sign", "floordiv", "remainder", "fmod", "divided_by", "isnan", "isinf", "log1p", "expm1", "log10", "tan",
-    "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "lgamma", "trunc", "atan2", "hypot",
-    "copysign",
+    "tanh", "sigmoid", "sign", "floordiv", "remainder", "fmod", "divided_by", "isnan", "isinf", "log1p", "expm1",
+    "log10", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "lgamma", "trunc",
+    "atan2", "hypot", "copysign",
 }  # fmt: skip
-
-
-_FROM_DEVICE = sorted({*DEVICE, "round_even", "power", "scatter", "scatter_tile"})
+_FROM_DEVICE = sorted(
+    {*DEVICE, "round_even", "power", "natural_log", "fast_log2", "read_elements", "scatter", "scatter_tile"}
+)
 
 
 def device_imports(body: str) -> str:
@@ -156,8 +156,10 @@ class Printer:
 
     def _load(self, node: Node, load_mask: str) -> str:
         layout = self.program.layouts[node.value]
-        mask = f", mask={load_mask}, other=0" if load_mask and node.is_full else ""
-        text = f"tl.load({self.prefix}c{node.value} + {self.offset(node.value, node.args)}{mask})"
+        place = f"{self.prefix}c{node.value} + {self.offset(node.value, node.args)}"
+        text = f"tl.load({place})"
+        if node.is_full:
+            text = f"read_elements({place}, {load_mask or None}, {bool(load_mask)})"
         if layout.dtype == torch.bool:
             return f"{text} != 0"
         return f"{text}.to(tl.float32)" if layout.dtype.is_floating_point and layout.dtype != torch.float32 else text

@@ -120,3 +120,18 @@ def test_a_changed_window_keeps_the_kernel():
         misses = source.load.cache_info().misses
         assert before in (None, misses)
         before = misses
+
+
+def test_masks_without_tensors_are_made_once():
+    first, second = (create_block_mask(masks.sliding_window(6), None, None, S, S, "cpu") for _ in range(2))
+    assert first.kv_intervals is second.kv_intervals
+    other = create_block_mask(masks.sliding_window(7), None, None, S, S, "cpu")
+    assert not torch.equal(other.kv_intervals, first.kv_intervals)
+    ids = LAYOUT.document_ids
+    third, fourth = (create_block_mask(DOCUMENT, 2, None, S, S, "cpu") for _ in range(2))
+    assert third.kv_intervals is not fourth.kv_intervals, "ids may be written to"
+    with torch.inference_mode():
+        inference = create_block_mask(masks.sliding_window(8), None, None, S, S, "cpu")
+    assert inference.kv_intervals.is_inference()
+    assert not create_block_mask(masks.sliding_window(8), None, None, S, S, "cpu").kv_intervals.is_inference()
+    assert ids is LAYOUT.document_ids

@@ -59,7 +59,8 @@ def compile_mod_kernels(
         tiles = candidate_tiles(name, dtype, head_dim, capability, softcap, long, score)
         found: list[tuple[Tile, Compiled]] = []
         for tile in tiles:
-            heads = 1 if gradients else heads_per_tile(group, tile)
+            alone = gradients and score is not None and not templates.shares_heads(name, score)
+            heads = 1 if alone else heads_per_tile(group, tile)
             fitted = tile if mask is None else fitted_tile(tile, heads, block_size)
             request = templates.Request(score, mask, packed=heads > 1, gradients=gradients)
             report = _compile(

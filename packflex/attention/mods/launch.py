@@ -131,9 +131,11 @@ def kernel_module(name: str, request: templates.Request) -> ModuleType:
     return source.load(templates.with_header(f"{name} of {named}", kernels[name](request)))
 
 
-def _heads(call: Call, tile: Tile, blocks: Blocks, gradients: bool) -> int:
-    """Query heads of a group in a tile's rows: one where a list or a captured gradient differs by head."""
-    if gradients or (blocks.lists and blocks.tensors[0].shape[1] > 1):
+def _heads(call: Call, name: str, tile: Tile, blocks: Blocks, gradients: bool) -> int:
+    """Query heads of a group in a tile's rows: one where a list or the sum of a captured gradient differs by head."""
+    if blocks.lists and blocks.tensors[0].shape[1] > 1:
+        return 1
+    if gradients and call.score is not None and not templates.shares_heads(name, call.score.program):
         return 1
     return heads_per_tile(call.q.shape[1] // call.k.shape[1], tile)
 
@@ -247,9 +249,9 @@ class _Launch:
     def _prepared(self, tile: Tile) -> tuple[Any, tuple[int, int, int], dict[str, Any]]:
         """The kernel, its grid and its constants."""
         call, blocks = self.call, self.blocks
-        heads = _heads(call, tile, blocks, self.gradients)
+        heads = _heads(call, self.name, tile, blocks, self.gradients)
         fitted = _fit(tile, heads, blocks)
-        if (fewer := _heads(call, fitted, blocks, self.gradients)) != heads:
+        if (fewer := _heads(call, self.name, fitted, blocks, self.gradients)) != heads:
             heads, fitted = fewer, _fit(fitted, fewer, blocks)
         request = templates.Request(
             None if call.score is None else call.score.program,
@@ -368,7 +370,6 @@ def _slots(call: Call, places: tuple[str, ...]) -> list[int]:
         return []
     found = set()
     for gradient in call.score.program.gradients:
-        place = "rows" if "kv" not in gradient.deps else "tile" if "q" in gradient.deps else "columns"
-        if place in places:
+        if gradient.place in places:
             found.add(gradient.slot)
     return sorted(found)

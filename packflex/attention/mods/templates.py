@@ -87,10 +87,21 @@ class _Kernel:
             return []
         chosen = []
         for number, gradient in enumerate(self.request.score.gradients):
-            kind = "rows" if "kv" not in gradient.deps else "tile" if "q" in gradient.deps else "columns"
-            if kind == where:
+            if gradient.place == where:
                 chosen.append((number, gradient))
         return chosen
+
+
+def shares_heads(name: str, score: Program) -> bool:
+    """Whether a tile of "dkdv" or "dq" may hold several heads while it sums gradients of captured tensors.
+
+    dK/dV sums over the rows of a tile, so that its reads must not depend on the head; dQ scatters elements of a tile.
+    """
+    for gradient in score.gradients:
+        place = gradient.place
+        if (name == "dkdv" and place == "columns" and "h" in gradient.deps) or (name == "dq" and place == "tile"):
+            return False
+    return True
 
 
 def _indent(lines: list[str], by: int) -> str:
@@ -409,6 +420,12 @@ def dq_text(request: Request) -> str:
         target, factor = f"x_sum{gradient.slot}, {offset}", f"b_factor{gradient.slot}, GRAD_MODE"
         if "q" in gradient.deps:
             text += f"    scatter({target}, b_sum{n}[:, None], m_row[:, None], {factor})\n"
+        elif request.packed and "h" in gradient.deps:  # summed by head, and added for the rows of the first position
+            text += (
+                f"    b_heads = tl.sum(tl.reshape(b_sum{n}, [BLOCK_M // HEADS, HEADS]), 0)\n"
+                "    b_heads = tl.reshape(tl.broadcast_to(b_heads[None, :], [BLOCK_M // HEADS, HEADS]), [BLOCK_M])\n"
+                f"    scatter({target}, b_heads[:, None], (tl.arange(0, BLOCK_M) < HEADS)[:, None], {factor})\n"
+            )
         else:
             text += f"    scatter({target}, tl.sum(b_sum{n}), tl.full([], 1, tl.int1), {factor})\n"
     return text

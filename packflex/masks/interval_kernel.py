@@ -53,7 +53,7 @@ def document_bounds(CU_SEQLENS, ROW_OFFSETS, steps, i_b, o_t, kv_len, REAL_ONLY:
     return tl.where(m_real, begin, real), tl.where(m_real, end, tail)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "kv_plane", "q_plane", "steps"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "kv_plane", "q_plane", "steps"], do_not_specialize_on_alignment=["Q"])
 def _transposed_intervals_kernel(KV, Q, q_len, kv_len, kv_plane, q_plane, steps, BLOCK: tl.constexpr):
     """The queries that see each key: those whose end is past it and whose first key is not, by binary search."""
     i_b = tl.program_id(1)
@@ -118,6 +118,7 @@ def interval_kernel_text(key: str, formula: Formula, documents: tuple[int, ...])
     sizes = ["q_len", "kv_len", "plane"]
     loose = [*sizes, *(name for name in given if name.islower()),
              *(p for p in extra if "_stride" in p or "_size" in p or p[1] == "s")]  # fmt: skip
+    unaligned = [name for name in given if name.isupper()]  # a layout may keep them in one tensor
     parameters = ", ".join(["OUT", *sizes, *given, *extra, "BLOCK: tl.constexpr"])
     lines = ["b = tl.program_id(1)", "q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)"]
     bounds = formula.bounds()
@@ -154,4 +155,7 @@ def interval_kernel_text(key: str, formula: Formula, documents: tuple[int, ...])
     ]
     body = "\n".join(f"    {line}" for line in lines)
     header = _HEADER.format(what=short_name(program.name), imports=device_imports(body))
-    return f"{header}\n@triton.jit(do_not_specialize={loose!r})\ndef mask_intervals(\n    {parameters},\n):\n{body}\n"
+    return (
+        f"{header}\n@triton.jit(do_not_specialize={loose!r}, do_not_specialize_on_alignment={unaligned!r})\n"
+        f"def mask_intervals(\n    {parameters},\n):\n{body}\n"
+    )

@@ -91,6 +91,7 @@ def test_equals_torch_flex_attention(name):
     if mods.mask_mod is not None:
         mask = torch_create_block_mask(mods.mask_mod, batch, heads, q_len, kv_len, device="cuda")
     arguments = [inputs.leaves[name] for name in ("dq", "dk", "dv")]
+    torch._dynamo.reset()  # its limit of recompilations counts those of other cases
     compiled = torch.compile(torch_flex, dynamic=False, fullgraph=True)
     out, aux = compiled(
         *arguments, score_mod=mods.score_mod, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True),

@@ -342,8 +342,6 @@ def as_mask(mod):
 
 @pytest.mark.parametrize(("mod", "operation", "remedy"), BAD, ids=lambda x: getattr(x, "__name__", ""))
 def test_masks_are_told_the_same(mod, operation, remedy):
-    if mod is without_grad:
-        pytest.skip("a mask has no gradient")
     text = message(ModError, create_block_mask, as_mask(mod), None, None, 6, 6, "cpu")
     assert mod.__name__ in text
     assert f"test_errors.py:{line_of(mod)}" in text

@@ -30,6 +30,8 @@ _CONSTANTS = (
 )
 # Integers that a new batch may change: Triton must not build a kernel for each of their divisibilities
 _LOOSE = ("q_len", "kv_len", "scale", "softcap", "list_b", "list_h", "list_c", "stride_ib")
+# Halves and quarters of one tensor, whose offset in it follows the lengths
+_UNALIGNED = ("KV_LO", "KV_HI", "Q_LO", "Q_HI", "NUM_BLOCKS", "INDICES", "FULL_NUM_BLOCKS", "FULL_INDICES")
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,10 @@ def _definition(name: str, fixed: str, kernel: _Kernel, slots: list[int], consta
     loose = [*_LOOSE, *(p for p in extra if "_stride" in p or "_size" in p or p[1] == "s")]
     names = [part.strip() for part in fixed.replace("\n", " ").split(",") if part.strip()]
     loose = [n for n in loose if n in names or n in extra]
+    unaligned = [n for n in _UNALIGNED if n in names]
     parameters = ",\n    ".join(", ".join(group) for group in (extra, gradients) if group)
     return (
-        f"@triton.jit(do_not_specialize={loose!r})\n"
+        f"@triton.jit(do_not_specialize={loose!r}, do_not_specialize_on_alignment={unaligned!r})\n"
         f"def {name}(\n    {fixed}\n    {parameters + ',' if parameters else ''}\n    {constants}\n):"
     )
 

@@ -346,7 +346,7 @@ class _Run:
             sources=list(sources),
             source_fingerprint=self.source_fingerprint,
             document_format=self.form,
-            tokenizer=tokenizer_name(self.tokenizer),
+            tokenizer=_findable(tokenizer_name(self.tokenizer)),
             tokenizer_fingerprint=self.tokenizer_fingerprint,
             chat_template_fingerprint=self.template,
             options=asdict(self.options),
@@ -383,6 +383,11 @@ def _chunks(documents: Iterable[Mapping[str, str]]) -> Iterator[list[Mapping[str
             chunk, characters = [], 0
     if chunk:
         yield chunk
+
+
+def _findable(name: str) -> str:
+    """A tokenizer's folder by its whole path, so that it is found from any folder; a hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _key(settings: str, digest: str) -> str:
@@ -444,7 +449,12 @@ def _write_shard(jobs: _Writing, number: int) -> Counts:
             counts["tokens"] += len(ids)
             counts["supervised"] += int(is_supervised.sum())
             counts["unsupervised"] += int((np.add.reduceat(is_supervised, begins, dtype=np.int64) == 0).sum())
-    record = {"fingerprint": jobs.fingerprint, "bytes": path.stat().st_size, "counts": counts}
+    record = {
+        "fingerprint": jobs.fingerprint,
+        "bytes": path.stat().st_size,
+        "sha256": _sha256_of(path),
+        "counts": counts,
+    }
     with written_whole(jobs.sidecar(number)) as partial:
         partial.write_text(json.dumps(record))
     return counts
@@ -455,7 +465,13 @@ def _is_written(jobs: _Writing, number: int) -> bool:
     if not (path.is_file() and sidecar.is_file()):
         return False
     record = json.loads(sidecar.read_text())
-    return record["fingerprint"] == jobs.fingerprint and record["bytes"] == path.stat().st_size
+    same = record["fingerprint"] == jobs.fingerprint and record["bytes"] == path.stat().st_size
+    return same and record.get("sha256") == _sha256_of(path)
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _gather(

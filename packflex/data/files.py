@@ -45,7 +45,9 @@ def room_needed(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        # numpy says how much it could write, and gives no number
+        full = error.errno in _FULL or (error.errno is None and "requested and" in str(error))
+        if not full:
             raise
         raise DataError(
             f"{path}: the disk is full ({one_line(error)}); free some space and run the same command again: what is "

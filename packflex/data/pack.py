@@ -72,9 +72,10 @@ def pack_dataset(
         raise ValueError(f"the plan is for {plan.num_documents} documents; the data set has {len(tokens.lengths)}")
     else:
         plan.validate(tokens.lengths)  # as many documents of other lengths would be mixed up
-    tables = list(_tables(plan, tokens, marks, is_mask=supervision in MASK_COLUMNS))
+    unsupervised: list[np.ndarray] = []
+    tables = list(_tables(plan, tokens, marks, supervision in MASK_COLUMNS, unsupervised))
     packed = Dataset(pa.concat_tables(tables), info=datasets.DatasetInfo(features=_FEATURES))
-    _report(plan)
+    _report(plan, np.concatenate(unsupervised) if unsupervised else np.zeros(0, np.int64))
     return packed
 
 
@@ -96,8 +97,14 @@ def _plan(lengths: np.ndarray, seq_len: int, strategy: str, overflow: str, seed:
     return plan_rows(lengths, seq_len, strategy, overflow=overflow, seed=seed)
 
 
-def _report(plan: PackingPlan) -> None:
+def _report(plan: PackingPlan, unsupervised: np.ndarray) -> None:
     logger.info("%r", plan)
+    if len(unsupervised):
+        logger.warning(
+            "%d documents, or pieces of them, have no supervised token in their row, document %d first: they take room "
+            "and train nothing. Raise seq_len, or leave them out",
+            len(unsupervised), unsupervised.min(),
+        )  # fmt: skip
     if plan.num_truncated:
         logger.warning("%d documents lost %d tokens to truncation", plan.num_truncated, plan.truncated_tokens)
     if plan.num_dropped:
@@ -125,6 +132,7 @@ class _TokenColumn:
             offsets = chunk.offsets.to_numpy()
             values = chunk.values
             self.values.append(values.to_numpy(zero_copy_only=False))
+            self._require_int32(self.values[-1], offsets, first)
             self.starts.append(offsets[:-1].astype(np.int64))
             lengths.append(np.diff(offsets).astype(np.int64))
             first += len(chunk)
@@ -132,6 +140,18 @@ class _TokenColumn:
         self.chunk_ends = np.cumsum([len(part) for part in lengths])
         if name == "input_ids" and (self.lengths == 0).any():
             raise ValueError(f"document {int(np.argmax(self.lengths == 0))} is empty; remove empty documents first")
+
+    def _require_int32(self, values: np.ndarray, offsets: np.ndarray, first: int) -> None:
+        least = 0 if self.name == "input_ids" else -(2**31)
+        inside = values[offsets[0] : offsets[-1]]  # a slice's values lie in those of the whole
+        if not len(inside) or inside.dtype == bool or (inside.min() >= least and inside.max() < 2**31):
+            return
+        at = int(np.argmax((inside < least) | (inside >= 2**31)))
+        document = first + int(np.searchsorted(offsets, at + offsets[0], side="right")) - 1
+        raise ValueError(
+            f"document {document}: {self.name} holds {inside[at]}; token ids go from 0 to 2147483647: check how the "
+            "documents were tokenised"
+        )
 
     def _require_integer_lists(self, chunk: Any, first: int) -> None:
         kind = chunk.type
@@ -141,9 +161,18 @@ class _TokenColumn:
             at = first + int(np.argmax(pc.is_null(chunk).to_numpy(zero_copy_only=False)))
             raise ValueError(f"document {at}: {self.name!r} is missing (null)")
         inner = kind.value_type
-        if not (pa.types.is_integer(inner) or pa.types.is_boolean(inner)) or chunk.values.null_count:
-            nulls = " with nulls" if chunk.values.null_count else ""
-            raise TypeError(f"column {self.name!r} must hold lists of integers; it holds lists of {inner}{nulls}")
+        if not (pa.types.is_integer(inner) or pa.types.is_boolean(inner)):
+            raise TypeError(
+                f"column {self.name!r} must hold lists of integers; it holds lists of {inner}. Look for documents with "
+                f"NaN or missing tokens, and cast the rest: dataset.cast_column({self.name!r}, "
+                "datasets.List(datasets.Value('int32')))"
+            )
+        values = chunk.flatten()  # without what a slice leaves out
+        if values.null_count:
+            at = int(np.argmax(pc.is_null(values).to_numpy(zero_copy_only=False)))
+            ends = np.cumsum(chunk.value_lengths().to_numpy(zero_copy_only=False))
+            document = first + int(np.searchsorted(ends, at, side="right"))
+            raise TypeError(f"document {document}: {self.name!r} has a missing token (null); leave it out or mend it")
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """int64 tokens of the pieces, one after the other."""
@@ -196,8 +225,14 @@ def _require_same_lengths(tokens: _TokenColumn, marks: _TokenColumn) -> None:
         )
 
 
-def _tables(plan: PackingPlan, tokens: _TokenColumn, marks: _TokenColumn | None, is_mask: bool) -> Iterator[pa.Table]:
-    """Tables of consecutive rows, some millions of tokens each."""
+def _tables(
+    plan: PackingPlan,
+    tokens: _TokenColumn,
+    marks: _TokenColumn | None,
+    is_mask: bool,
+    unsupervised: list[np.ndarray],
+) -> Iterator[pa.Table]:
+    """Tables of consecutive rows, some millions of tokens each; documents without supervision go to `unsupervised`."""
     rows_at_once = max(1, _TOKENS_AT_ONCE // plan.seq_len)
     for first in range(0, plan.num_rows, rows_at_once):
         offsets = plan.row_offsets[first : first + rows_at_once + 1]
@@ -209,7 +244,10 @@ def _tables(plan: PackingPlan, tokens: _TokenColumn, marks: _TokenColumn | None,
         if marks is not None:
             given = marks.gather(*pieces)
             labels = np.where(given != 0, ids, IGNORED) if is_mask else given
-        labels[np.cumsum(sizes) - sizes] = IGNORED
+        begins = np.cumsum(sizes) - sizes
+        labels[begins] = IGNORED
+        if marks is not None and len(begins):
+            unsupervised.append(pieces[0][~np.logical_or.reduceat(labels != IGNORED, begins)])
         ends = np.concatenate([[0], np.cumsum(sizes)])[offsets - offsets[0]]
         columns = [_lists(ids, ends), _lists(labels, ends), _lists(sizes, offsets - offsets[0])]
         yield pa.Table.from_arrays(columns, schema=_FEATURES.arrow_schema)

@@ -148,6 +148,9 @@ def read_parquet(file: Path, columns: Iterable[str], also: Iterable[str] = ()) -
         yield from _rows(file, reader.iter_batches(batch_size=_ROWS_AT_ONCE, columns=chosen))
 
 
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # what every writer of Arrow streams closes them with
+
+
 def read_arrow(file: Path, columns: Iterable[str], also: Iterable[str] = ()) -> Iterator[Record]:
     """Records of an Arrow file (file or stream form) or a folder made by `Dataset.save_to_disk`; rows from 0.
 
@@ -162,6 +165,9 @@ def read_arrow(file: Path, columns: Iterable[str], also: Iterable[str] = ()) -> 
     try:
         with pa.memory_map(str(file)) as source:
             is_file_form = source.read(6) == b"ARROW1"
+            source.seek(max(0, source.size() - len(_STREAM_END)))
+            if not is_file_form and source.read() != _STREAM_END:
+                raise pa.ArrowInvalid("the stream has no end: the file was cut off; copy or write it again")
             source.seek(0)
             table = (pa.ipc.open_file(source) if is_file_form else pa.ipc.open_stream(source)).read_all()
     except (pa.ArrowException, OSError) as error:

@@ -167,13 +167,17 @@ def read_documents(
 def _distinct(records: Callable[[], Iterator[Record]], field: str, on_duplicate: str) -> Iterator[Record]:
     """Records whose id did not come before; a record without one is distinct."""
     seen: set[int] = set()
+    number, found = 0, False
     for record in records():
+        number += 1
         if (value := record.values.get(field)) is not None:
+            found = True
             key = _hash_of(value)
             if key in seen:
                 if on_duplicate == "drop":
                     continue
-                earlier = next(r.source for r in records() if r.values.get(field) == value)
+                # by hash, as above: NaN is not equal to itself
+                earlier = next(r.source for r in records() if _hash_of(r.values.get(field)) == key)
                 raise DataError(
                     f"{record.source}: {field!r} is {value!r}, as in {earlier}; remove one, keep the first with "
                     "on_duplicate='drop' or both with 'keep' (--on-duplicate), or name another field with id_field "
@@ -181,6 +185,11 @@ def _distinct(records: Callable[[], Iterator[Record]], field: str, on_duplicate:
                 )
             seen.add(key)
         yield record
+    if number and not found:
+        raise DataError(
+            f"none of {number} records has a field {field!r}, so no duplicate can be told; name another field with "
+            "id_field (--id-field), or keep all with on_duplicate='keep' (--on-duplicate keep)"
+        )
 
 
 def _hash_of(value: Any) -> int:

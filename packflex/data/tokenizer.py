@@ -133,9 +133,21 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         content.pop("truncation", None)
         content.pop("padding", None)
     else:
-        content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+        content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), **_slow_content(tokenizer)}
     content["special_tokens"] = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     return _sha256(json.dumps(content, sort_keys=True, ensure_ascii=False))
+
+
+def _slow_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a tokenizer in Python splits text by: its vocabulary files (merges among them) and its switches."""
+    switches = {k: v for k, v in tokenizer.init_kwargs.items() if isinstance(v, bool | int | float)}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            written = tokenizer.save_vocabulary(folder)
+        except NotImplementedError:  # it has none, as one of bytes
+            written = ()
+        files = {Path(name).name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in written}
+    return {"switches": switches, "files": files}
 
 
 def chat_template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -77,7 +77,9 @@ def test_rows_are_those_of_packing_in_memory(source, tmp_path, tokenizer):
     assert len(manifest.files) > 3, "more shards than one"
     assert found.manifest == manifest
     assert manifest.documents >= len(RECORDS)
-    assert (manifest.tokens, manifest.supervised_tokens) == (tokens.tokens, manifest.supervised_tokens)
+    supervised = sum(label != -100 for row in expected["labels"] for label in row)
+    assert (manifest.tokens, manifest.supervised_tokens) == (tokens.tokens, supervised)
+    assert 0 < supervised < manifest.tokens
     assert manifest.source_fingerprint == documents_fingerprint(documents)
     assert manifest.counts["documents read"] == 300
     assert not list(tmp_path.glob(".out*")), "the work folder is gone"
@@ -272,3 +274,58 @@ def test_nothing_left(source, tmp_path, tokenizer):
     assert not (tmp_path / "cut").exists()
     with pytest.raises(ValueError, match="strategy"):
         plan_rows([1], 8, "worst_fit")
+
+
+def test_a_full_disk_in_the_middle_of_numpys_own_writing(source, tmp_path, tokenizer):
+    """A limit on the size of files, which numpy meets with an error that has no number."""
+    script = (
+        "import resource, signal, sys\n"
+        "import numpy as np\n"
+        "from pathlib import Path\n"
+        "from packflex.data.files import written_whole\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "with written_whole(Path(sys.argv[1])) as path, path.open('wb') as file:\n"
+        "    np.save(file, np.zeros(200_000))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "plan.npy")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert f"{tmp_path / 'plan.npy'}: the disk is full" in done.stderr
+    assert not list(tmp_path.glob("*plan*"))
+
+
+def test_a_kept_shard_that_was_damaged_is_written_again(source, tmp_path, tokenizer, monkeypatch):
+    whole = pack(source, tmp_path / "whole", tokenizer)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "move_into_place", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, tmp_path / "out", tokenizer)
+    shard = sorted((tmp_path / ".out.packing" / "rows").glob("*.parquet"))[1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    shard.write_bytes(data)
+    assert pack(source, tmp_path / "out", tokenizer) == whole
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_the_manifest_names_a_tokenizer_that_is_found_from_anywhere(source, tmp_path, tokenizer, monkeypatch):
+    from packflex.data.tokenizer import load_tokenizer
+
+    folder = Path(tokenizer.name_or_path)
+    monkeypatch.chdir(folder.parent)
+    manifest = pack(source, tmp_path / "out", load_tokenizer(folder.name))
+    assert manifest.tokenizer == str(folder.resolve())
+
+
+def test_duplicate_ids_that_are_not_equal_to_themselves_or_not_there(tmp_path):
+    twice = write(tmp_path / "nan.jsonl", [{"id": float("nan"), "text": "a"}, {"id": float("nan"), "text": "b"}])
+    with pytest.raises(DataError, match=r"nan\.jsonl:2: 'id' is nan, as in .*nan\.jsonl:1"):
+        list(read_documents("jsonl", str(twice), on_duplicate="error"))
+    with pytest.raises(DataError, match=r"none of 2 records has a field 'idd'.*--id-field"):
+        list(read_documents("jsonl", str(twice), on_duplicate="error", id_field="idd"))

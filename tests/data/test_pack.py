@@ -144,3 +144,38 @@ def test_padded_documents_are_refused():
         pack_dataset(Dataset.from_dict(padded), 8)
     whole = padded | {"attention_mask": [[1, 1], [1] * 5]}
     assert pack_dataset(Dataset.from_dict(whole), 8, seed=None)["lengths"] == [[5, 2]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        ([[1, 2], [3, 2**31]], None, "document 1: input_ids holds 2147483648; token ids go from 0 to 2147483647"),
+        ([[1, 2], [3, -1]], None, "document 1: input_ids holds -1; token ids go from 0"),
+        ([[1, 2], [3, 4]], [[1, 2], [3, 2**40]], "document 1: labels holds 1099511627776"),
+    ],
+)
+def test_numbers_that_are_no_token_ids(ids, labels, message):
+    columns = {"input_ids": ids} | ({} if labels is None else {"labels": labels})
+    with pytest.raises(ValueError, match=message):
+        pack_dataset(Dataset.from_dict(columns), 8)
+
+
+def test_missing_and_fractional_tokens():
+    with pytest.raises(TypeError, match=r"document 1: 'input_ids' has a missing token \(null\)"):
+        pack_dataset(Dataset.from_dict({"input_ids": [[1, 2], [3, None]]}), 8)
+    with pytest.raises(TypeError, match=r"lists of double\. Look for documents with NaN .* dataset\.cast_column"):
+        pack_dataset(Dataset.from_dict({"input_ids": [[1.0, float("nan")]]}), 8)
+    whole = Dataset.from_dict({"input_ids": [[1, 2], [3, 4], [5, 2**31]]})
+    assert pack_dataset(whole.select(range(2)), 8, seed=None)["lengths"] == [[2, 2]], "the third is not among them"
+
+
+def test_documents_whose_supervision_is_cut_off_are_reported(caplog):
+    prompts = [[1, 2, 3, 4, 5, 6]] * 3
+    labels = [[-100, 2, 3, 4, 5, 6], [-100] * 5 + [6], [-100] * 5 + [6]]
+    documents = Dataset.from_dict({"input_ids": prompts, "labels": labels})
+    with caplog.at_level("WARNING", logger="packflex.data.pack"):
+        pack_dataset(documents, 4, overflow="truncate")
+        assert "2 documents, or pieces of them, have no supervised token in their row, document 1 first" in caplog.text
+        caplog.clear()
+        pack_dataset(documents, 8)
+        assert not caplog.text

@@ -292,3 +292,18 @@ def test_hub_records_go_through_the_same_checks(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ValueError("Unknown split x")))
     with pytest.raises(DataError, match=r"some/data: .*split='x' \(Unknown split x\); check the names"):
         load_documents("hub", "some/data", split="x")
+
+
+def test_an_arrow_stream_without_its_end_is_refused(tmp_path):
+    """Cut between two batches, every batch of it is whole."""
+    table = pa.table({"text": [f"text {i}" for i in range(20)]})
+    path = tmp_path / "all.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=10)
+        first = sink.tell()
+    assert len(load_documents("arrow", str(path))) == 20
+    whole = path.read_bytes()
+    assert first == len(whole) - 8, "the end is eight bytes"
+    path.write_bytes(whole[:-8])
+    with pytest.raises(DataError, match=r"all\.arrow: not an Arrow file \(the stream has no end: the file was cut off"):
+        load_documents("arrow", str(path))

@@ -203,3 +203,22 @@ def test_saved_form_is_what_is_loaded(tmp_path, tokenizer):
     loaded = load_tokenizer(tmp_path)
     assert loaded(TEXTS[0])["input_ids"] == tokenizer(TEXTS[0])["input_ids"]
     assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+
+
+def test_slow_tokenizers_with_other_merges_differ(tmp_path):
+    """CTRL's is a tokenizer in Python, of a vocabulary and merges."""
+    import json
+
+    from transformers import CTRLTokenizer
+
+    vocabulary = tmp_path / "vocab.json"
+    vocabulary.write_text(json.dumps({"<unk>": 0, "a@@": 1, "b@@": 2, "a": 3, "b": 4, "ab": 5, "c": 6}))
+
+    def made(name, merges):
+        (tmp_path / name).write_text("#version: 0.2\n" + merges)
+        return CTRLTokenizer(str(vocabulary), str(tmp_path / name))
+
+    one, two, again = made("one.txt", "a b</w>\n"), made("two.txt", "b c</w>\n"), made("three.txt", "a b</w>\n")
+    assert one("ab")["input_ids"] != two("ab")["input_ids"]
+    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(again)
+    assert tokenizer_fingerprint(one) != tokenizer_fingerprint(two)

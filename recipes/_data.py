@@ -208,6 +208,13 @@ def _plan(documents: Dataset, config: DictConfig) -> PackingPlan:
     try:
         plan = plan_dataset(documents, packing.seq_len, packing.strategy, packing.overflow, config.seed)
     except ValueError as error:  # a packing setting that does not go with these documents
+        if packing.overflow == "error" and "source" in documents.column_names:
+            for tokens, source in zip(documents["input_ids"], documents["source"], strict=True):
+                if len(tokens) > packing.seq_len:
+                    raise DataError(
+                        f"{source}: a document of {len(tokens)} tokens, and rows have packing.seq_len={packing.seq_len}; "
+                        "raise it, or choose packing.overflow=split, truncate or drop"
+                    ) from error
         raise DataError(f"{error} (packing.seq_len={packing.seq_len}, packing.overflow={packing.overflow})") from error
     if not plan.num_rows:
         raise DataError(

@@ -257,6 +257,12 @@ class _Run:
             for name, count in json.loads(meta["counts"]).items():
                 self.counts[name] = self.counts.get(name, 0) + count
             lengths.append(_read_lengths(self.jobs.tokens(number)))
+            longest, source = json.loads(meta.get("longest", '[0, ""]'))
+            if overflow == "error" and longest > seq_len:
+                raise DataError(
+                    f"{source}: a document of {longest} tokens, and rows have {seq_len}; raise --seq-len, or choose "
+                    "--overflow split, truncate or drop"
+                )
         starts = np.cumsum([0, *map(len, lengths)])
         if not starts[-1]:
             raise DataError(
@@ -402,6 +408,7 @@ def _tokenise_chunk(jobs: _Tokenising, number: int) -> Counts:
     digest = table.schema.metadata[b"digest"].decode()
     values: list[np.ndarray] = []
     lengths: list[int] = []
+    longest = (0, "")
     counts = {"read": table.num_rows, "dropped": 0, "truncated": 0, "truncated_tokens": 0}
     for batch in table.to_batches(1000):
         columns = batch.to_pydict()
@@ -410,13 +417,18 @@ def _tokenise_chunk(jobs: _Tokenising, number: int) -> Counts:
             tokens = np.array(ids, dtype=np.int32)
             values.append(np.where(np.array(labels, dtype=np.int32) == IGNORED, ~tokens, tokens))
             lengths.append(len(ids))
+        longest = max([longest, *zip(map(len, out["input_ids"]), out["source"], strict=True)], key=lambda pair: pair[0])
         counts["dropped"] += batch.num_rows - len(out["input_ids"])
         counts["truncated"] += sum(cut > 0 for cut in out["cut"])
         counts["truncated_tokens"] += sum(out["cut"])
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     tokens_of = np.concatenate(values) if values else np.zeros(0, np.int32)
     column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens_of))
-    meta = {"key": _key(jobs.settings, digest), "counts": json.dumps(counts)}
+    meta = {
+        "key": _key(jobs.settings, digest),
+        "counts": json.dumps(counts),
+        "longest": json.dumps(longest),
+    }
     _write_arrow(pa.table({"tokens": column}).replace_schema_metadata(meta), jobs.tokens(number))
     jobs.text(number).unlink()
     return counts

@@ -212,8 +212,8 @@ def _plan(documents: Dataset, config: DictConfig) -> PackingPlan:
             for tokens, source in zip(documents["input_ids"], documents["source"], strict=True):
                 if len(tokens) > packing.seq_len:
                     raise DataError(
-                        f"{source}: a document of {len(tokens)} tokens, and rows have packing.seq_len={packing.seq_len}; "
-                        "raise it, or choose packing.overflow=split, truncate or drop"
+                        f"{source}: a document of {len(tokens)} tokens, and rows have packing.seq_len="
+                        f"{packing.seq_len}; raise it, or choose packing.overflow=split, truncate or drop"
                     ) from error
         raise DataError(f"{error} (packing.seq_len={packing.seq_len}, packing.overflow={packing.overflow})") from error
     if not plan.num_rows:

@@ -24,6 +24,7 @@ Turns = Literal["all", "last"]
 Tools = list[Any] | None
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
 class ChatEncoder:
@@ -76,7 +77,7 @@ class ChatEncoder:
             assistant = assistant[-1:]
             messages = messages[: assistant[0] + 1]
         template = self.tokenizer.get_chat_template(tools=tools or None)
-        if _GENERATION_MARK.search(template) and self.tokenizer.is_fast:
+        if _GENERATION_MARK.search(_COMMENT.sub("", template)) and self.tokenizer.is_fast:
             return self._encode_marked(messages, tools, source)
         return self._encode_turn_by_turn(messages, assistant, tools, source)
 
@@ -109,7 +110,10 @@ class ChatEncoder:
                     "differently when others follow, so the assistant's words cannot be told apart; supervise the last "
                     "turn only (turns='last', --turns last), or use a template with {% generation %} marks"
                 )
-            pieces += [(whole[cursor : len(before)], False), (whole[len(before) : len(after)], True)]
+            begin = len(before)
+            if before == self._apply(messages[:turn], tools, source, tokenize=False):
+                begin += _header(after[begin:], messages[turn])  # the template has no generation prompt
+            pieces += [(whole[cursor:begin], False), (whole[begin : len(after)], True)]
             cursor = len(after)
         pieces.append((whole[cursor:], False))
         pieces = [piece for piece in pieces if piece[0]]
@@ -149,3 +153,10 @@ class ChatEncoder:
                 f"{source}: the chat template of {tokenizer_name(self.tokenizer)} refuses the conversation "
                 f"({one_line(error)}; roles: {roles}); fix the record or the template"
             ) from error
+
+
+def _header(turn: str, message: dict[str, Any]) -> int:
+    """How many characters a template wrote before an assistant's words; 0 when the words cannot be found."""
+    content = message.get("content")
+    words = content.strip() if isinstance(content, str) else ""
+    return max(0, turn.find(words)) if words else 0

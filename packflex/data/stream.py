@@ -147,6 +147,8 @@ class PackedStream:
             "delivered": self._delivered,
             "seq_len": self.seq_len,
             "batch_size": self.batch_size,
+            "pool": self.pool,
+            "overflow": self.overflow,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -155,12 +157,17 @@ class PackedStream:
         Raises:
             ValueError: a state of other rows, or one that lacks lanes of this rank.
         """
-        for name in ("seq_len", "batch_size"):
-            if state[name] != getattr(self, name):
+        for name in ("seq_len", "batch_size", "pool", "overflow"):
+            if state.get(name, getattr(self, name)) != getattr(self, name):
                 raise ValueError(
                     f"the checkpoint's stream had {name}={state[name]}, this one has {getattr(self, name)}; resume "
                     "with the same, or start a new run from the weights"
                 )
+        if state["num_lanes"] < self.world_size:
+            raise ValueError(
+                f"the checkpoint's stream has {state['num_lanes']} lanes, and {self.world_size} ranks would leave some "
+                "without documents; resume on fewer ranks, or begin with lanes= as many as ranks will ever be"
+            )
         self.lanes = state["num_lanes"]
         missing = [number for number in self._mine() if number not in state["lanes"]]
         if missing:
@@ -202,7 +209,12 @@ class PackedStream:
             if self.num_batches is None:
                 self._begin_next_pass(mine)
                 return
-            if not self.repeat or (is_whole_pass and not gave_any):  # a source without documents has no next pass
+            if is_whole_pass and not gave_any:  # a source without documents has no next pass
+                if self.world_size == 1:
+                    raise DataError("the stream gave no document in a whole pass; look at its files and filters")
+                logger.warning("the lanes of rank %d gave no document in a whole pass", self.rank)
+                return
+            if not self.repeat:
                 return
             self._begin_next_pass(mine)
             turn = dict.fromkeys(mine, (0, False))
@@ -281,7 +293,7 @@ class _Lane:
         self._deal = (number // parts, -(-(lanes - part) // parts))
         self.source = source.shard(parts, part) if hasattr(source, "shard") else copy.copy(source)
         self.epoch, self.batches, self.over = state["pass"], state["batches"], state["over"]
-        self.report: dict[str, int] = dict(state["report"])
+        self.report: dict[str, int] = {"without supervision": 0, **state["report"]}
         self._read = state["read"]
         self._start: dict[str, Any] | None = state["source"]
         self._read_since = 0
@@ -337,7 +349,10 @@ class _Lane:
         return documents
 
     def _add(self, document: Mapping[str, Any]) -> None:
-        name = document.get("source") or f"document {self._read - 1} of lane {self.number}"
+        name = f"document {self._read - 1} of lane {self.number}"
+        if not isinstance(document, Mapping):
+            raise DataError(f"{name}: a document must be a mapping with 'input_ids'; got {type(document).__name__}")
+        name = document.get("source") or name
         ids, labels = _tokens(document, name)
         self.report["documents"] += 1
         room = self.packer.seq_len
@@ -357,6 +372,7 @@ class _Lane:
         for start in range(0, len(ids), room):
             piece = ids[start : start + room], labels[start : start + room].copy()
             piece[1][0] = IGNORED
+            self.report["without supervision"] += not (piece[1] != IGNORED).any() and len(piece[1]) > 1
             self.packer.add(piece, len(piece[0]))
             self.report["tokens"] += len(piece[0])
 
@@ -424,6 +440,10 @@ def _tokens(document: Mapping[str, Any], name: str) -> _Piece:
     if "input_ids" not in document:
         raise DataError(f"{name}: no 'input_ids' (it has {', '.join(map(repr, document))}); tokenise the stream first")
     ids = _integers(document["input_ids"], name, "input_ids")
+    if len(ids) and ids.min() < 0:
+        raise DataError(f"{name}: 'input_ids' holds {ids.min()}; token ids are 0 or more: tokenise again")
+    if document.get("attention_mask") is not None and not np.all(document["attention_mask"]):
+        raise DataError(f"{name}: the document is padded (its attention_mask has zeros); tokenise without padding")
     if not len(ids):
         raise DataError(f"{name}: the document is empty; leave empty documents out of the stream")
     given = [column for column in ("labels", *MASK_COLUMNS) if document.get(column) is not None]
@@ -438,7 +458,10 @@ def _tokens(document: Mapping[str, Any], name: str) -> _Piece:
 
 
 def _integers(values: Any, name: str, column: str) -> np.ndarray:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # lists of unlike lengths
+        raise DataError(f"{name}: {column!r} must be a list of integers; got nested lists of unlike lengths") from error
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
         raise DataError(f"{name}: {column!r} must be a list of integers; got {array.dtype} of shape {array.shape}")
     if array.size and (array.max() > 2**31 - 1 or array.min() < -(2**31)):
@@ -459,6 +482,11 @@ def _log_pass(number: int, report: dict[str, int], seq_len: int) -> None:
     logger.info(
         "lane %d: %d documents in %d rows, %.2f%% full", number, report["documents"], report["rows"], 100 * full
     )
+    if report.get("without supervision"):
+        logger.warning(
+            "lane %d: %d documents, or pieces of them, have no supervised token: they take room and train nothing",
+            number, report["without supervision"],
+        )  # fmt: skip
     if report["tokens lost"]:
         logger.warning(
             "lane %d: %d documents longer than a row lost %d tokens",

@@ -234,6 +234,12 @@ def read_manifest(path: str | Path) -> PackedManifest:
             "pack the data set again"
         )
     manifest = PackedManifest(**content)
+    numbers = ("rows", "documents", "tokens", "supervised_tokens", "seq_len")
+    wrong = [name for name in numbers if not isinstance(content[name], int)]
+    if not isinstance(manifest.files, dict) or not all(isinstance(size, int) for size in manifest.files.values()):
+        wrong.append("files")
+    if wrong:
+        raise DataError(f"{file}: {', '.join(wrong)} of another type than packflex writes; pack the data set again")
     for name, size in manifest.files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:

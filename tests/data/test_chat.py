@@ -140,3 +140,14 @@ def test_errors(plain):
         encode(plain, "{% for %}")
     with pytest.raises(DataError, match=r"talk\.jsonl:3: the conversation starts with the assistant"):
         encode(plain, CHATML, TALK[2:])
+
+
+def test_a_mark_in_a_comment_is_no_mark(plain):
+    commented = "{# no {% generation %} here #}" + CHATML
+    assert spoken(plain, encode(plain, commented)[1]) == spoken(plain, encode(plain, CHATML)[1])
+    assert len(spoken(plain, encode(plain, commented)[1])) == 2
+
+
+def test_a_header_is_not_supervised_where_the_template_has_no_generation_prompt(plain):
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|eos|>{% endfor %}"
+    assert spoken(plain, encode(plain, template)[1]) == ["four<|eos|>", "six, I think<|eos|>"]

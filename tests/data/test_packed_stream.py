@@ -163,6 +163,9 @@ def test_documents_longer_than_a_row(caplog):
         ({"input_ids": []}, "the document is empty"),
         ({"input_ids": [1.0, float("nan")]}, "'input_ids' must be a list of integers; got float64"),
         ({"input_ids": [[1], [2]]}, r"list of integers; got int64 of shape \(2, 1\)"),
+        ({"input_ids": [[1], [2, 3]]}, "got nested lists of unlike lengths"),
+        ({"input_ids": [1, -2]}, "'input_ids' holds -2; token ids are 0 or more"),
+        ({"input_ids": [1, 0], "attention_mask": [1, 0]}, "the document is padded"),
         ({"input_ids": [1, 2**31]}, "holds 2147483648, which does not fit int32"),
         ({"input_ids": [1, 2], "labels": [1]}, "input_ids has 2 tokens and labels 1"),
         ({"input_ids": [1], "labels": [1], "loss_mask": [1]}, "has labels and loss_mask; keep the one"),
@@ -189,6 +192,10 @@ def test_bad_arguments_and_states():
     state = make(lanes=2).state_dict()
     with pytest.raises(ValueError, match="stream had batch_size=2, this one has 3"):
         make(batch_size=3).load_state_dict(state)
+    with pytest.raises(ValueError, match="stream had pool=8, this one has 9"):
+        make(lanes=2, pool=9).load_state_dict(state)
+    with pytest.raises(ValueError, match="has 2 lanes, and 4 ranks would leave some without documents"):
+        make(world_size=4, num_batches=3).load_state_dict(state)
     alone = make(lanes=2, rank=0, world_size=2).state_dict()
     with pytest.raises(ValueError, match=r"lacks lanes \[1\] of 2: its state was taken on one rank alone"):
         make(lanes=2).load_state_dict(alone)
@@ -206,3 +213,21 @@ def test_the_state_survives_a_checkpoint_that_is_read_as_weights_only(tmp_path):
     resumed = make(num_batches=20)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert [documents_of(b) for b in resumed] == rest
+
+
+def test_a_stream_that_gives_nothing():
+    with pytest.raises(DataError, match="the stream gave no document in a whole pass"):
+        list(make([], num_batches=3))
+    with pytest.raises(
+        DataError, match="document 0 of lane 0: a document must be a mapping with 'input_ids'; got list"
+    ):
+        list(make([[1, 2]]))
+
+
+def test_documents_without_supervision_are_reported(caplog):
+    documents = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4] * 20, "labels": [-100] * 19 + [4]}]
+    with caplog.at_level(logging.WARNING, logger="packflex.data.stream"):
+        list(make(documents[:1]))
+        assert not caplog.text
+        list(make(documents, overflow="truncate"))
+    assert "lane 0: 1 documents, or pieces of them, have no supervised token" in caplog.text

@@ -148,7 +148,7 @@ def test_messages_as_lists_or_json_text(tokenizer):
     as_text = tokenize_documents(Dataset.from_dict({"messages": [json.dumps(messages)], "tools": ["[]"]}), chatty)
     assert as_lists.dataset[0]["labels"] == as_text.dataset[0]["labels"]
     said = [label for label in as_text.dataset[0]["labels"] if label != -100]
-    assert tokenizer.decode(said) == "[assistant] four<|eos|>"
+    assert tokenizer.decode(said) == "four<|eos|>"
     with pytest.raises(DataError, match="document 0: no supervised token: the assistant says nothing"):
         tokenize_documents(Dataset.from_dict({"messages": [messages[:1]]}), chatty)
     with pytest.raises(DataError, match="document 0: message 0 of 'messages' has no 'role'"):

@@ -144,6 +144,10 @@ def test_incomplete_and_damaged_data_sets_are_refused(tmp_path, tokenizer):
     (out / "manifest.json").write_text(json.dumps({**manifest, "manifest_version": 2}))
     with pytest.raises(DataError, match=r"as version 2, and this packflex reads up to 1; upgrade"):
         load_packed(out)
+    for name, value in (("files", None), ("seq_len", "abc")):
+        (out / "manifest.json").write_text(json.dumps({**manifest, name: value}))
+        with pytest.raises(DataError, match=rf"manifest\.json: {name} of another type than packflex writes"):
+            load_packed(out)
     del manifest["seq_len"]
     (out / "manifest.json").write_text(json.dumps({**manifest, "sequence": 1}))
     with pytest.raises(DataError, match=r"missing \['seq_len'\], unknown \['sequence'\]"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -78,6 +79,7 @@ class PackedLoader:
         self._begun = (0, 0)  # the two before, when this part of the epoch began
         self._started = False
         self._resuming = False
+        self._digest_made: str | None = None
 
     @property
     def dataset(self) -> Any:
@@ -139,6 +141,7 @@ class PackedLoader:
             "delivered": self._delivered,
             "group": self._group,
             "num_rows": len(self.rows),
+            "rows": self._digest(),
             "order": self.order,
             "seed": self.seed,
             "started": self._started,
@@ -148,9 +151,11 @@ class PackedLoader:
         """Go on after the last batch delivered when the state was taken.
 
         Raises:
-            ValueError: a state of another data set, order or seed: its rows would not be the ones left.
+            ValueError: a state of other rows, order, costs or seed: its rows would not be the ones left.
         """
         mine = {"num_rows": len(self.rows), "order": self.order, "seed": self.seed}
+        if "rows" in state:  # not in those of before
+            mine["rows"] = self._digest()
         for name, value in mine.items():
             if state[name] != value:
                 raise ValueError(
@@ -163,6 +168,13 @@ class PackedLoader:
         self._resuming = self._started and self._consumed < len(self.rows)
         if self._resuming:
             self._begun = (self._consumed, self._delivered)
+
+    def _digest(self) -> str:
+        """Of the rows' lengths, and where they decide the order of the rows' costs: other rows have another."""
+        if self._digest_made is None:
+            parts = [*_lengths(self.rows), *([] if self._costs is None else [self._costs])]
+            self._digest_made = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
+        return self._digest_made
 
     def _steps_after(self, consumed: int) -> int:
         return -(-(len(self.rows) - consumed) // (self.batch_size * self.world_size))
@@ -185,16 +197,19 @@ class _WithFillers(Dataset[Any]):
         return FILLER if index < 0 else self.rows[index]
 
 
-def _costs(rows: Any, token_cost: float) -> np.ndarray:
-    """Cost of each row; a `Dataset`'s lengths are read as Arrow, a million rows in well under a second."""
+def _lengths(rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of all documents and where each row ends; a `Dataset`'s are read as Arrow, a million rows in a second."""
     if hasattr(rows, "with_format"):
         column = rows.select_columns(["lengths"]).with_format("arrow")[:]["lengths"]
         lengths = column.combine_chunks() if hasattr(column, "combine_chunks") else column
         sizes = lengths.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-        ends = np.concatenate([[0], np.cumsum(lengths.value_lengths().to_numpy(zero_copy_only=False))])
-    else:
-        of_rows = [np.asarray(row["lengths"], dtype=np.int64) for row in rows]
-        sizes = np.concatenate(of_rows)
-        ends = np.cumsum([0, *map(len, of_rows)])
+        return sizes, np.concatenate([[0], np.cumsum(lengths.value_lengths().to_numpy(zero_copy_only=False))])
+    of_rows = [np.asarray(row["lengths"], dtype=np.int64) for row in rows]
+    return np.concatenate(of_rows), np.cumsum([0, *map(len, of_rows)])
+
+
+def _costs(rows: Any, token_cost: float) -> np.ndarray:
+    """Cost of each row."""
+    sizes, ends = _lengths(rows)
     tokens, squares = (np.concatenate([[0], np.cumsum(x)])[ends] for x in (sizes, sizes * sizes))
     return row_costs(np.diff(tokens), np.diff(squares), token_cost)

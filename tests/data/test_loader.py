@@ -122,3 +122,46 @@ def test_rows_that_fill_the_last_step_are_told(caplog):
         caplog.clear()
         list(make(rows_of(12), 4))
         assert not caplog.text
+
+
+def test_a_state_of_other_rows_or_costs_is_refused():
+    state = make(order="balanced", token_cost=10.0).state_dict()
+    make(order="balanced", token_cost=10.0).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"loader had rows='\w{16}', this one has '\w{16}'; resume with the same data"):
+        make(order="balanced", token_cost=20.0).load_state_dict(state)
+    other = Dataset.from_dict(ROWS.to_dict() | {"lengths": [[1 + i % 3] for i in range(23)]})
+    with pytest.raises(ValueError, match="loader had rows="):
+        make(other).load_state_dict(make().state_dict())
+    before = {name: value for name, value in make().state_dict().items() if name != "rows"}
+    make().load_state_dict(before)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(1, 40),
+    seed=st.integers(0, 5),
+    order=st.sampled_from(["shuffle", "balanced", "sequential"]),
+    before=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    after=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    share=st.floats(0, 1),
+)
+def test_any_kill_point_any_ranks_every_row_once(count, seed, order, before, after, share):
+    """Rows, seed, order, ranks, batch sizes and the step of the kill drawn together."""
+    rows = rows_of(count)
+
+    def loaders(ranks, batch_size):
+        return [make(rows, batch_size, order=order, seed=seed, rank=rank, world_size=ranks) for rank in range(ranks)]
+
+    first = loaders(*before)
+    steps = int(share * len(first[0]))
+    seen = []
+    for loader in first:
+        batches = iter(loader)
+        seen += [i for _ in range(steps) for i in ids(next(batches)) if i]
+    states = [loader.state_dict() for loader in first]
+    assert all(state == states[0] for state in states)
+    for loader in loaders(*after):
+        loader.load_state_dict(states[0])
+        seen += [i for batch in loader for i in ids(batch) if i]
+    over = sorted(list(range(1, count + 1)) * (2 if 0 < steps == len(first[0]) else 1))
+    assert sorted(seen) == over, "an epoch that was over is followed by the next one"

@@ -3,6 +3,7 @@
     python scripts/bench_packing.py --out results                         # lognormal lengths of instruction data
     python scripts/bench_packing.py --lengths document_lengths.npz        # every array of lengths in a file
     python scripts/bench_packing.py --order                               # how evenly ranks share the work
+    python scripts/bench_packing.py --by-counts 1000000000                # a billion documents, known by their counts
 
 next_fit opens a row when a document does not fit. ffd is first-fit decreasing over all documents (a tree finds the
 first row with room). windowed is best-fit decreasing inside windows of documents in their order, as trainers do to
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import resource
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
@@ -25,6 +27,7 @@ import numpy as np
 
 from packflex.packing import plan_rows
 from packflex.packing.order import EpochOrder, balanced_order, rank_imbalance, row_costs, row_order
+from packflex.packing.strategies import best_fit_patterns
 from packflex.packing.stream import StreamPacker
 
 FEWER = {"ffd": 200_000, "windowed": 1_000_000, "stream": 1_000_000}
@@ -127,6 +130,24 @@ def measure(lengths: np.ndarray, seq_len: int) -> list[dict[str, float | str]]:
     return results
 
 
+def measure_counts(lengths: np.ndarray, seq_len: int, documents: int) -> list[dict[str, float]]:
+    """Time the rows' patterns of many documents whose lengths occur as these do; only counts are ever held."""
+    share = np.bincount(np.minimum(lengths, seq_len), minlength=seq_len + 1) / len(lengths)
+    counts = np.random.default_rng(1).multinomial(documents, share)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    patterns, repeats = best_fit_patterns(counts, seq_len)
+    seconds = time.perf_counter() - began
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    rows = int(repeats.sum())
+    efficiency = float(counts @ np.arange(seq_len + 1)) / (rows * seq_len)
+    print(
+        f"{documents:,} documents: {rows:,} rows in {len(patterns):,} patterns, {efficiency:.4%} full, {seconds:.2f} s,"
+        f" peak memory {grown:.1f} MiB above the process's own"
+    )
+    return [{"documents": documents, "rows": rows, "efficiency": efficiency, "seconds": seconds, "mib": grown}]
+
+
 def measure_order(lengths: np.ndarray, seq_len: int, token_cost: float) -> list[dict[str, float]]:
     """How much longer a step takes than if ranks shared its work evenly, before and after balancing."""
     plan = plan_rows(np.minimum(lengths, seq_len), seq_len)
@@ -179,6 +200,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--seq-len", type=int, default=8192)
     parser.add_argument("--order", action="store_true", help="measure how evenly ranks share the work instead")
+    parser.add_argument("--by-counts", type=int, help="plan this many documents from the counts of lengths alone")
     parser.add_argument("--token-cost", type=float, default=7000.0, help="see packflex.packing.row_costs")
     parser.add_argument("--out", type=Path, help="folder for packing.json and packing-*.png")
     arguments = parser.parse_args()
@@ -196,14 +218,16 @@ def main() -> None:
     results = {}
     for name, lengths in sets.items():
         print(f"\n{name}: mean {lengths.mean():.0f}, longest {lengths.max():,}; rows of {arguments.seq_len:,}")
-        if arguments.order:
+        if arguments.by_counts:
+            results[name] = measure_counts(lengths, arguments.seq_len, arguments.by_counts)
+        elif arguments.order:
             results[name] = measure_order(lengths, arguments.seq_len, arguments.token_cost)
         else:
             results[name] = measure(lengths, arguments.seq_len)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "packing.json").write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
-        if not arguments.order:
+        if not (arguments.order or arguments.by_counts):
             for name, found in results.items():
                 safe = "".join(c if c.isalnum() else "-" for c in name).strip("-")
                 plot(found, arguments.out / f"packing-{safe}.png", f"{name}, rows of {arguments.seq_len:,}")

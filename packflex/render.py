@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packflex.data.errors import DataError
+from packflex.data.files import room_needed
 from packflex.inspect import CLOSE, OPEN, DocumentView, PackedReport
 
 if TYPE_CHECKING:
@@ -118,4 +119,5 @@ def save_plot(path: Path, report: PackedReport, lengths: list[int], row: int) ->
     while block > 8 and report.seq_len < 16 * block:
         block //= 2
     layout = PackedLayout.from_lengths([lengths], report.seq_len)
-    overview(report.document_lengths, layout, row_name=f"Row {row}", block_size=block).savefig(path)
+    with room_needed(path):
+        overview(report.document_lengths, layout, row_name=f"Row {row}", block_size=block).savefig(path)

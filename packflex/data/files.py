@@ -35,8 +35,18 @@ def written_whole(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def raise_full_disk(error: BaseException | None) -> None:
+    """Raise the `OSError` of a full disk that lies behind another error, if there is one."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise error
+        error = error.__cause__ or error.__context__
+
+
 @contextmanager
-def room_needed(path: Path) -> Iterator[None]:
+def room_needed(
+    path: Path, remedy: str = "free some space and run the same command again: what is finished is kept"
+) -> Iterator[None]:
     """Say plainly that the disk is full.
 
     Raises:
@@ -49,10 +59,7 @@ def room_needed(path: Path) -> Iterator[None]:
         full = error.errno in _FULL or (error.errno is None and "requested and" in str(error))
         if not full:
             raise
-        raise DataError(
-            f"{path}: the disk is full ({one_line(error)}); free some space and run the same command again: what is "
-            "finished is kept"
-        ) from error
+        raise DataError(f"{path}: the disk is full ({one_line(error)}); {remedy}") from error
 
 
 @contextmanager

@@ -321,6 +321,12 @@ def _string_column(values: list[str], name: str, rows: list[dict[str, str]]) -> 
 
     try:
         return pa.array(values, pa.string())
+    except pa.ArrowCapacityError as error:
+        at = max(range(len(values)), key=lambda i: len(values[i]))
+        raise DataError(
+            f"{rows[at]['source']}: {name!r} has {len(values[at]):,} characters, and a document may have 2 GiB; "
+            "split it"
+        ) from error
     except UnicodeEncodeError as error:
         at = next(i for i, value in enumerate(values) if not _encodable(value))
         raise DataError(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from packflex.data.errors import DataError, one_line
+from packflex.data.files import raise_full_disk, room_needed
 from packflex.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint, tokenizer_name
 
 if TYPE_CHECKING:
@@ -279,6 +280,10 @@ def load_packed(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = No
         else:
             dataset = datasets.Dataset.from_parquet(shards)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        with room_needed(
+            Path(datasets.config.HF_DATASETS_CACHE), "free some space, or name another with HF_DATASETS_CACHE"
+        ):
+            raise_full_disk(error)
         raise DataError(
             f"{folder}: the shards cannot be read ({one_line(error)}); copy or pack the data set again"
         ) from error

@@ -19,6 +19,7 @@ from packflex.packing.plan import PackingPlan
 
 OVERFLOWS = ("split", "truncate", "drop", "error")
 _INT32_MAX = 2**31 - 1
+MOST_TOKENS = 1 << 24  # of a row: what attention's kernels count exactly in float32, and a table of lengths holds
 _GIVE_WAY = 4  # lengths that may be put back to end a row exactly
 
 
@@ -201,10 +202,15 @@ class _Pieces:
             raise ValueError(f"lengths must be a one-dimensional array of integers; got {raw.dtype} {raw.shape}")
         if seq_len < 1:
             raise ValueError(f"seq_len must be at least 1; got {seq_len}")
-        if seq_len > _INT32_MAX:
-            raise ValueError(f"seq_len must fit int32 offsets, at most {_INT32_MAX}; got {seq_len}")
+        if seq_len > MOST_TOKENS:
+            raise ValueError(f"seq_len must be at most {MOST_TOKENS} tokens; got {seq_len}")
         if overflow not in OVERFLOWS:
             raise ValueError(f"overflow must be one of {', '.join(OVERFLOWS)}; got {overflow!r}")
+        if raw.size and int(raw.max()) > _INT32_MAX:
+            raise ValueError(
+                f"document {int(np.argmax(raw))} has {int(raw.max())} tokens; at most {_INT32_MAX} are possible: "
+                "split it"
+            )
         sizes = raw.astype(np.int64)
         if (sizes < 1).any():
             at = int(np.argmax(sizes < 1))

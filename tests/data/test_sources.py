@@ -307,3 +307,16 @@ def test_an_arrow_stream_without_its_end_is_refused(tmp_path):
     path.write_bytes(whole[:-8])
     with pytest.raises(DataError, match=r"all\.arrow: not an Arrow file \(the stream has no end: the file was cut off"):
         load_documents("arrow", str(path))
+
+
+def test_a_document_too_long_for_arrow_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": "a" * n}) + "\n" for n in (3, 50, 7)))
+
+    def overflow(*args):
+        raise pa.ArrowCapacityError("array cannot contain more than 2147483646 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pa, "array", overflow)
+        with pytest.raises(DataError, match=r"long\.jsonl:2: 'text' has 50 characters, and a document may have 2 GiB"):
+            load_documents("jsonl", str(path))

@@ -198,3 +198,20 @@ def test_documents_fingerprint_is_of_texts_in_order_only():
     assert documents_fingerprint(documents) == documents_fingerprint(moved)
     assert documents_fingerprint(documents) != documents_fingerprint(Dataset.from_dict({"text": ["b", "a"]}))
     assert documents_fingerprint(documents) != documents_fingerprint(Dataset.from_dict({"text": ["ab", ""]}))
+
+
+def test_a_full_disk_under_the_cache_is_named(monkeypatch, tmp_path, tokenizer):
+    """What `datasets` says of it hides the cause."""
+    import errno
+
+    import datasets
+
+    write_rows(tmp_path / "out", tokenizer)
+
+    def full(*args, **kwargs):
+        cause = OSError(errno.ENOSPC, "No space left on device")
+        raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset") from cause
+
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", full)
+    with pytest.raises(DataError, match=r"hf: the disk is full .* or name another with HF_DATASETS_CACHE"):
+        load_packed(tmp_path / "out")

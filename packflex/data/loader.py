@@ -73,7 +73,7 @@ class PackedLoader:
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self._costs = _costs(rows, token_cost) if order == "balanced" else None
         self._group = batch_size * world_size  # rows of a step when the epoch began
-        self.epoch = 0
+        self.epoch = 0  # that of the next batch
         self._consumed = 0  # rows of the epoch delivered, over all ranks
         self._delivered = 0  # batches of the epoch delivered to this rank
         self._begun = (0, 0)  # the two before, when this part of the epoch began

@@ -58,6 +58,21 @@ def fit(folder, ranks, batch_size, *, save_at=None, resume=False, data=None, cal
     trainer.fit(Seen(folder, save_at), data, **checkpoint)
 
 
+def test_an_epoch_that_max_steps_cut_off_is_not_taken_for_a_whole_one(tmp_path):
+    """Lightning counts it as one; going on by max_steps is right, by max_epochs rows would be left out."""
+    data = PackedDataModule(DATA, seq_len=4, batch_size=2, seed=3)
+    options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    options |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+    first = L.Trainer(max_steps=3, **options)
+    module = Seen(tmp_path)
+    first.fit(module, data)
+    first.save_checkpoint(tmp_path / "middle.ckpt")
+    fit(tmp_path, 1, 2, resume=True, max_steps=22)
+    assert Counter(module.rows + rows_of(tmp_path, "after", 1)) == Counter(2 * list(range(1, ROWS + 1)))
+    with pytest.raises(RuntimeError, match="middle of epoch 0 by max_steps, which Lightning counts as an epoch done"):
+        fit(tmp_path, 1, 2, resume=True, max_epochs=2, callbacks=[PackFlexCallback(leak_check=False)])
+
+
 def rows_of(folder, part, ranks):
     found = [torch.load(folder / f"{part}{rank}.pt") for rank in range(ranks)]
     return [row for rows in found for row in (rows if part == "before" else rows[0])]

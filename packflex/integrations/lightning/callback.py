@@ -92,6 +92,11 @@ class PackFlexCallback(L.Callback):
                 "and began it with others. Lightning reads a loader's length before its state, so that rows would be "
                 "left out: use PackedDataModule, which takes care of it, or resume with as many ranks and rows"
             )
+        if isinstance(loader, PackedLoader) and loader.epoch < trainer.current_epoch and trainer.max_steps == -1:
+            raise RuntimeError(
+                f"the run stopped in the middle of epoch {loader.epoch} by max_steps, which Lightning counts as an "
+                "epoch done: max_epochs would end this run that much too early. Go on with max_steps="
+            )
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin anew with the rates."""

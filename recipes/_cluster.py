@@ -42,6 +42,8 @@ def _as_torchrun() -> None:
     """What torchrun would have set; on SLURM, Lightning asks SLURM itself."""
     from submitit.helpers import TorchDistributedEnvironment
 
+    # one that what started the sweep had for itself would be that of all its jobs at once
+    os.environ.pop("MASTER_PORT", None)
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     # submitit's port of the job, below those that the system gives to connections as they come
     os.environ["MASTER_PORT"] = str(20_000 + int(os.environ["MASTER_PORT"]) % 12_000)

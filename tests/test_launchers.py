@@ -116,7 +116,8 @@ def test_torchrun_s_ranks_share_each_job_and_its_folder(place, tmp_path):
 @pytest.mark.slow
 def test_two_local_tasks_are_the_ranks_of_each_job(place, tmp_path):
     ranks = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "trainer.devices=2"]
-    done = sweep(place, *ranks, "trainer.strategy=ddp", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    inherited = {"MASTER_PORT": "30787"}  # as of a run in the process that starts the sweep
+    done = sweep(place, *ranks, "trainer.strategy=ddp", "seed=0,1", f"hydra.sweep.dir={tmp_path}", **inherited)
     assert done.returncode == 0, done.stderr
     check_jobs(tmp_path, global_batch=2)
 

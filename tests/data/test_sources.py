@@ -214,6 +214,46 @@ def test_arrow_file_stream_and_saved_data_set(tmp_path):
         load_documents("arrow", tmp_path / "splits")
 
 
+def arrow_stream(path, batches=4):
+    """A stream of ten rows a batch, and where each batch ends."""
+    schema, ends = pa.schema({"text": pa.string()}), []
+    with path.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for batch in range(batches):
+            writer.write_batch(pa.record_batch({"text": [f"{batch} {i}" for i in range(10)]}, schema))
+            ends.append(file.tell())
+    return ends
+
+
+def test_an_arrow_stream_that_is_cut_anywhere_is_refused(tmp_path):
+    ends = arrow_stream(tmp_path / "whole.arrow")
+    content = (tmp_path / "whole.arrow").read_bytes()
+    assert len(load_documents("arrow", tmp_path / "whole.arrow")) == 40
+    cut = tmp_path / "cut.arrow"
+    for end, rows in ((ends[1], 20), (ends[3], 40)):
+        cut.write_bytes(content[:end])
+        with pytest.raises(DataError, match=rf"cut\.arrow: cut short after {rows} rows: .*write the file again"):
+            load_documents("arrow", cut)
+    for end in (ends[1] - 8, len(content) - 4, len(content) - 1):
+        cut.write_bytes(content[:end])
+        with pytest.raises(DataError, match=r"cut\.arrow: not an Arrow file"):
+            load_documents("arrow", cut)
+    cut.write_bytes(content[:-8] + b"\0\0\0\0")
+    assert len(load_documents("arrow", cut)) == 40, "the end that Arrow wrote before 0.15"
+    arrow_stream(tmp_path / "none.arrow", batches=0)
+    with pytest.raises(DataError, match=r"none\.arrow: the file has no rows"):
+        load_documents("arrow", tmp_path / "none.arrow")
+
+
+def test_a_saved_data_set_that_is_cut_between_batches_is_refused(tmp_path):
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("data-*.arrow")
+    ends = arrow_stream(file)
+    assert len(load_documents("arrow", tmp_path / "saved")) == 40
+    file.write_bytes(file.read_bytes()[: ends[1]])
+    with pytest.raises(DataError, match=rf"{file.name}: cut short after 20 rows"):
+        load_documents("arrow", tmp_path / "saved")
+
+
 def test_gsm8k_from_a_file(tmp_path):
     file = jsonl(tmp_path / "train.jsonl", [{"question": "1+1?", "answer": "1+1 = 2\n#### 2"}])
     assert load_documents("gsm8k", file).to_list() == [

@@ -69,6 +69,7 @@ class Supervision(Enum):
 class OnDuplicate(Enum):
     """What happens to a record whose id came before."""
 
+    report = "report"
     error = "error"
     drop = "drop"
     keep = "keep"
@@ -165,10 +166,11 @@ def pack(
     on_unsupervised: Annotated[
         OnUnsupervised, typer.Option(help="What to do with documents without a supervised token.")
     ] = OnUnsupervised.error,
-    id_field: Annotated[str, typer.Option(help="Field that names a record, for --on-duplicate.")] = "id",
+    id_field: Annotated[str, typer.Option(help="Field that names a record, if there is one.")] = "id",
     on_duplicate: Annotated[
-        OnDuplicate, typer.Option(help="What to do with a record whose id came before; keep does not look.")
-    ] = OnDuplicate.keep,
+        OnDuplicate,
+        typer.Option(help="What to do with a record whose id came before; report keeps it, and keep does not look."),
+    ] = OnDuplicate.report,
     config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set or of 'stdlib'.")] = "train",
     limit: Annotated[int | None, typer.Option(min=1, help="Read only this many documents.")] = None,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from datasets import Dataset, DatasetDict, disable_progress_bars
 
 from packflex.data import sources
 from packflex.data.errors import DataError
-from packflex.data.sources import guess_kind, load_documents
+from packflex.data.sources import guess_kind, load_documents, read_documents
 from packflex.data.stdlib_corpus import read_stdlib
 
 disable_progress_bars()
@@ -332,3 +333,64 @@ def test_hub_records_go_through_the_same_checks(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ValueError("Unknown split x")))
     with pytest.raises(DataError, match=r"some/data: .*split='x' \(Unknown split x\); check the names"):
         load_documents("hub", "some/data", split="x")
+
+
+TWICE = [{"id": i, "text": "t"} for i in (1, 2, None, 1, 3, None, 2, 1)]
+
+
+def test_ids_that_come_twice_are_reported_by_default(tmp_path, caplog):
+    file = jsonl(tmp_path / "a.jsonl", TWICE)
+    assert len(load_documents("jsonl", file)) == 8
+    assert re.search(
+        r"3 records have an id that came before and are kept; the first is .*a\.jsonl:4: 'id' is 1, as in "
+        r".*a\.jsonl:1; remove one, keep the first with on_duplicate='drop'",
+        caplog.text,
+    )
+    caplog.clear()
+    assert len(load_documents("jsonl", file, limit=3)) == 3
+    assert len(load_documents("jsonl", file, on_duplicate="keep")) == 8
+    jsonl(file, [{"text": "a"}, {"text": "a"}, {"id": float("nan"), "text": "b"}, {"id": float("nan"), "text": "c"}])
+    assert len(load_documents("jsonl", file)) == 4
+    assert not caplog.records, "none of these has an id that came before"
+    jsonl(file, [{"uid": "x", "text": "a"}, {"uid": "x", "text": "a"}])
+    load_documents("jsonl", file, id_field="uid")
+    assert "1 records have an id that came before" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"on_duplicate": "error"}, {"on_duplicate": "drop"}, {}])
+def test_an_id_field_that_no_record_has_is_refused(tmp_path, options):
+    file = jsonl(tmp_path / "a.jsonl", TWICE)
+    with pytest.raises(DataError, match=r"none of the 8 records has the field 'idd', .*id_field .--id-field."):
+        load_documents("jsonl", file, id_field="idd", **options)
+    with pytest.raises(DataError, match="none of the 2 records has the field 'idd'"):
+        load_documents("jsonl", file, id_field="idd", limit=2, **options)
+    with pytest.raises(ValueError, match="kind 'stdlib' have no ids"):
+        load_documents("stdlib", id_field="idd", **options)
+
+
+@pytest.mark.parametrize("on_duplicate", ["error", "drop"])
+def test_ids_that_are_nan_are_refused_where_ids_count(tmp_path, on_duplicate):
+    file = jsonl(tmp_path / "a.jsonl", [{"id": 1, "text": "a"}, *[{"id": float("nan"), "text": "b"}] * 2])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: 'id' is NaN, which names no record; give it an id, or null"):
+        load_documents("jsonl", file, on_duplicate=on_duplicate)
+    jsonl(file, [{"id": [float("nan")], "text": "b"}] * 2)  # unlike itself, and the same text
+    if on_duplicate == "error":
+        with pytest.raises(DataError, match=r"a\.jsonl:2: 'id' is \[nan\], as in .*a\.jsonl:1; remove one"):
+            load_documents("jsonl", file, on_duplicate=on_duplicate)
+    else:
+        assert len(load_documents("jsonl", file, on_duplicate=on_duplicate)) == 1
+
+
+def test_limit_counts_records_that_are_kept(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", [*TWICE, {"id": 9}])
+    ids = [d["source"].rpartition(":")[2] for d in read_documents("jsonl", file, on_duplicate="drop", limit=5)]
+    assert ids == ["1", "2", "3", "5", "6"]
+
+
+def test_a_text_that_is_too_long_for_arrow_is_named(tmp_path, monkeypatch):
+    file = jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "\u00e4" * 60}, {"text": "b"}])
+    monkeypatch.setattr(sources, "_MAX_TEXT_BYTES", 120)
+    assert len(load_documents("jsonl", file)) == 3
+    monkeypatch.setattr(sources, "_MAX_TEXT_BYTES", 119)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: 'text' is 120 bytes long, and a text may have 119; cut it into"):
+        load_documents("jsonl", file)

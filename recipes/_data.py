@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from packflex import pack_dataset
 from packflex.data.errors import DataError
-from packflex.data.pack import plan_dataset
+from packflex.data.pack import name_of, plan_dataset, unsupervised_documents
 from packflex.data.tokenize import TokenizedDocuments
 from packflex.data.tokenizer import load_tokenizer, train_tokenizer
 from packflex.data.write import load_packed, read_manifest
@@ -218,12 +218,17 @@ def _plan(documents: Dataset, config: DictConfig) -> PackingPlan:
 
 
 def _notes(tokens: TokenizedDocuments, plan: PackingPlan) -> tuple[str, ...]:
+    bare = unsupervised_documents(tokens.dataset, plan)
+    first = name_of(tokens.dataset, int(bare[0])) if len(bare) else ""
     notes = {
         "documents without a supervised token were dropped": tokens.dropped,
         f"documents were cut to tokenize.max_length ({tokens.truncated_tokens:,} tokens)": tokens.truncated,
         "documents longer than a row were split": plan.num_split,
         f"documents longer than a row were truncated ({plan.truncated_tokens:,} tokens)": plan.num_truncated,
         f"documents longer than a row were dropped ({plan.dropped_tokens:,} tokens)": plan.num_dropped,
+        f"documents lost every supervised token to rows of packing.seq_len={plan.seq_len} (the first is {first})": len(
+            bare
+        ),
     }
     return tuple(f"{count:,} {what}" for what, count in notes.items() if count)
 

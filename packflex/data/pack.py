@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from packflex.data.errors import DataError
+from packflex.data.errors import DataError, padded_message, too_long_message
 from packflex.data.labels import IGNORED, MASK_COLUMNS
 from packflex.data.supervision import cut_bare_message, documents_cut_bare
 from packflex.packing import PackingPlan, plan_rows
@@ -137,14 +137,6 @@ def _plan(
             first = int(too_long[0])
             raise DataError(too_long_message(name_of(dataset, first), int(lengths[first]), len(too_long), seq_len))
     return plan_rows(lengths, seq_len, strategy, overflow=overflow, seed=seed)
-
-
-def too_long_message(first: str, length: int, count: int, seq_len: int) -> str:
-    """What to say of `count` documents that are longer than a row, the first of them `first` with `length` tokens."""
-    return (
-        f"{first}: {length:,} tokens, more than seq_len={seq_len} ({count:,} such documents); choose another overflow "
-        "(split, truncate or drop), or longer rows"
-    )
 
 
 def _report(plan: PackingPlan) -> None:
@@ -279,11 +271,6 @@ def _refuse_padding(dataset: Dataset) -> None:
                 at = document + int(np.searchsorted(ends, int(np.argmin(values != 0)), side="right"))
                 raise ValueError(padded_message(name_of(dataset, at)))
             document += len(chunk)
-
-
-def padded_message(name: str) -> str:
-    """What to say of a document with padding in it."""
-    return f"{name} is padded (its attention_mask has zeros): tokenise without padding, packing needs none"
 
 
 def _supervision_column(dataset: Dataset) -> str | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,6 +71,7 @@ class Supervision(Enum):
 class OnDuplicate(Enum):
     """What happens to a record whose id came before."""
 
+    report = "report"
     error = "error"
     drop = "drop"
     keep = "keep"
@@ -163,12 +166,14 @@ def pack(
     turns: Annotated[Supervision, typer.Option(help="Turns of the assistant that are supervised.")] = Supervision.all,
     max_length: Annotated[int | None, typer.Option(min=2, help="Cut documents to this many tokens first.")] = None,
     on_unsupervised: Annotated[
-        OnUnsupervised, typer.Option(help="What to do with documents without a supervised token.")
+        OnUnsupervised,
+        typer.Option(help="What to do with documents without a supervised token, also where rows cut it off."),
     ] = OnUnsupervised.error,
-    id_field: Annotated[str, typer.Option(help="Field that names a record, for --on-duplicate.")] = "id",
+    id_field: Annotated[str, typer.Option(help="Field that names a record, if there is one.")] = "id",
     on_duplicate: Annotated[
-        OnDuplicate, typer.Option(help="What to do with a record whose id came before; keep does not look.")
-    ] = OnDuplicate.keep,
+        OnDuplicate,
+        typer.Option(help="What to do with a record whose id came before; report keeps it, and keep does not look."),
+    ] = OnDuplicate.report,
     config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set or of 'stdlib'.")] = "train",
     limit: Annotated[int | None, typer.Option(min=1, help="Read only this many documents.")] = None,
@@ -214,7 +219,7 @@ def pack(
         split=split,
         limit=limit,
     )
-    with progress_bars() as progress:
+    with _warnings_shown(), progress_bars() as progress:
         manifest = build_packed(
             documents,
             output,
@@ -335,6 +340,20 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Our own warnings as lines on stderr."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("packflex: warning: %(message)s"))
+    ours = logging.getLogger("packflex")
+    ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
 
 
 def _quiet_libraries() -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from packflex import pack_dataset
 from packflex.data.errors import DataError
-from packflex.data.pack import plan_dataset
+from packflex.data.pack import name_of, plan_dataset, unsupervised_documents
 from packflex.data.tokenize import TokenizedDocuments
 from packflex.data.tokenizer import load_tokenizer, train_tokenizer
 from packflex.data.write import load_packed, read_manifest
@@ -208,13 +208,6 @@ def _plan(documents: Dataset, config: DictConfig) -> PackingPlan:
     try:
         plan = plan_dataset(documents, packing.seq_len, packing.strategy, packing.overflow, config.seed)
     except ValueError as error:  # a packing setting that does not go with these documents
-        if packing.overflow == "error" and "source" in documents.column_names:
-            for tokens, source in zip(documents["input_ids"], documents["source"], strict=True):
-                if len(tokens) > packing.seq_len:
-                    raise DataError(
-                        f"{source}: a document of {len(tokens)} tokens, and rows have packing.seq_len="
-                        f"{packing.seq_len}; raise it, or choose packing.overflow=split, truncate or drop"
-                    ) from error
         raise DataError(f"{error} (packing.seq_len={packing.seq_len}, packing.overflow={packing.overflow})") from error
     if not plan.num_rows:
         raise DataError(
@@ -225,12 +218,17 @@ def _plan(documents: Dataset, config: DictConfig) -> PackingPlan:
 
 
 def _notes(tokens: TokenizedDocuments, plan: PackingPlan) -> tuple[str, ...]:
+    bare = unsupervised_documents(tokens.dataset, plan)
+    first = name_of(tokens.dataset, int(bare[0])) if len(bare) else ""
     notes = {
         "documents without a supervised token were dropped": tokens.dropped,
         f"documents were cut to tokenize.max_length ({tokens.truncated_tokens:,} tokens)": tokens.truncated,
         "documents longer than a row were split": plan.num_split,
         f"documents longer than a row were truncated ({plan.truncated_tokens:,} tokens)": plan.num_truncated,
         f"documents longer than a row were dropped ({plan.dropped_tokens:,} tokens)": plan.num_dropped,
+        f"documents lost every supervised token to rows of packing.seq_len={plan.seq_len} (the first is {first})": len(
+            bare
+        ),
     }
     return tuple(f"{count:,} {what}" for what, count in notes.items() if count)
 

@@ -315,14 +315,56 @@ def test_pack_counts_what_is_cut_and_dropped(run, tmp_path, tokenizer):
     manifest = load_packed(tmp_path / "split").manifest
     assert manifest.counts["longer than a row, split"] == 1
     assert manifest.documents == 2 + -(-tokens // 16)
+    jsonl(source, [{"text": ""}, *({"text": text} for text in [*texts[1:], *texts[:1] * 2])])
+    options = ("--seq-len", 16, "--overflow", "error", "--on-unsupervised", "drop")
     fails(
-        pack(run, source, tokenizer, tmp_path / "e", "--seq-len", 16, "--overflow", "error"),
-        r"t\.jsonl:1: a document of \d+ tokens, and rows have 16; raise --seq-len",
+        pack(run, source, tokenizer, tmp_path / "e", *options),
+        rf"t\.jsonl:4: {tokens} tokens, more than seq_len=16 \(2 such documents\); choose another overflow",
     )
+    jsonl(source, [{"text": text} for text in texts])
     fails(
         pack(run, source, tokenizer, tmp_path / "n", "--seq-len", 2, "--overflow", "drop"),
         "all 3 documents are longer than --seq-len 2",
     )
+
+
+def test_pack_applies_on_unsupervised_to_what_rows_cut_off(run, tmp_path, tokenizer):
+    lost, kept = ({"prompt": "two plus " * times, "completion": " four"} for times in (9, 1))
+    source = jsonl(tmp_path / "p.jsonl", [{**kept, "completion": ""}, kept, lost, kept, lost])
+    options = ("--seq-len", 16, "--overflow", "truncate", "--on-unsupervised")
+    jsonl(tmp_path / "q.jsonl", [kept, kept, lost, kept, lost])
+    fails(
+        pack(run, tmp_path / "q.jsonl", tokenizer, tmp_path / "e", *options, "error"),
+        r"q\.jsonl:3: rows of 16 tokens cut off every supervised token \(2 such documents\); raise --seq-len, choose "
+        r"--overflow split, or leave such documents out .*--on-unsupervised drop",
+    )
+    assert not (tmp_path / "e").exists()
+    code, out, err = pack(run, source, tokenizer, tmp_path / "out", *options, "drop")
+    assert (code, err) == (0, "")
+    assert re.search(r"supervision cut off, dropped +2", out)
+    counts = load_packed(tmp_path / "out").manifest.counts
+    assert (counts["without supervision, dropped"], counts["longer than a row, truncated"]) == (1, 0)
+    jsonl(source, [kept, kept])  # the same documents in the same order
+    pack(run, source, tokenizer, tmp_path / "alone", *options, "error")
+    assert load_packed(tmp_path / "out").dataset.to_list() == load_packed(tmp_path / "alone").dataset.to_list()
+    assert "supervision cut off, dropped" not in load_packed(tmp_path / "alone").manifest.counts
+    jsonl(source, [lost, lost])
+    fails(
+        pack(run, source, tokenizer, tmp_path / "n", *options, "drop"),
+        "overflow truncate cut off every supervised token; raise --seq-len",
+    )
+
+
+def test_pack_reports_ids_that_come_twice(run, tmp_path, tokenizer):
+    source = jsonl(tmp_path / "t.jsonl", [{"id": 1, "text": "two plus"}, {"id": 1, "text": "four is"}])
+    code, _, err = pack(run, source, tokenizer, tmp_path / "out")
+    assert code == 0
+    assert re.search(
+        r"^packflex: warning: 1 records have an id that came before and are kept; the first is .*t\.jsonl:2: 'id' is 1",
+        err,
+    )
+    fails(pack(run, source, tokenizer, tmp_path / "no", "--id-field", "idd"), "has the field 'idd'")
+    fails(pack(run, source, tokenizer, tmp_path / "no", "--on-duplicate", "error"), r"t\.jsonl:2: 'id' is 1, as in")
 
 
 def test_pack_errors_name_file_line_and_remedy(run, tmp_path, tokenizer):

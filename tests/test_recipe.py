@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 import finetune as recipe  # noqa: E402
 from _checks import one_line_of  # noqa: E402
-from _data import load_splits  # noqa: E402
+from _data import load_splits, prepare  # noqa: E402
 
 disable_progress_bars()
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -144,6 +144,20 @@ def test_steps_and_rate_follow_from_the_rest(place, tmp_path):
     resolved = OmegaConf.load(tmp_path / "config.yaml")
     assert resolved.steps.total == summary.steps == 2 * -(-batches // 3)
     assert resolved.optimizer.lr == resolved.learning_rate.pretrained
+
+
+def test_what_rows_cut_off_is_in_the_summary(place, tmp_path):
+    lost = {"prompt": "What is 2 plus 2?\n" * 20, "completion": "It is 4."}
+    kept = {"prompt": "What is 3 plus 3?\n", "completion": "It is 6."}
+    write(tmp_path / "x.jsonl", [kept, lost, kept, lost])
+    settings = [f"data.path={tmp_path}/x.jsonl", "heldout.percent=0", "packing.overflow=truncate"]
+    data = prepare(composed(tmp_path, *small(place, *settings)))
+    (note,) = (note for note in data.notes if "supervised" in note)
+    assert note == (
+        f"2 documents lost every supervised token to rows of packing.seq_len=64 (the first is {tmp_path}/x.jsonl:2)"
+    )
+    with pytest.raises(DataError, match=r"x\.jsonl:2: \d+ tokens, more than seq_len=64 .*packing\.overflow=error"):
+        prepare(composed(tmp_path, *small(place, *settings[:2], "packing.overflow=error")))
 
 
 def test_heldout_documents_are_spread_over_their_file(place, tmp_path):

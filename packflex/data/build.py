@@ -20,7 +20,8 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +29,11 @@ import numpy as np
 
 from packflex.data.chat import Turns
 from packflex.data.engines import Counts, Engine, LocalEngine
-from packflex.data.errors import DataError, one_line
+from packflex.data.errors import DataError, one_line, too_long_message
 from packflex.data.files import only_writer, written_whole
 from packflex.data.labels import IGNORED
 from packflex.data.sources import table_of
+from packflex.data.supervision import cut_bare_message, documents_cut_bare, supervised_in_pieces
 from packflex.data.tokenize import DocumentEncoder, OnUnsupervised, form_of
 from packflex.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint, tokenizer_name
 from packflex.data.write import (
@@ -65,7 +67,10 @@ Progress = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """How documents become tokens; see `packflex.data.tokenize.tokenize_documents`."""
+    """How documents become tokens; see `packflex.data.tokenize.tokenize_documents`.
+
+    `on_unsupervised` is also for documents that lose every supervised token where packing cuts them.
+    """
 
     train_on_prompt: bool = False
     turns: Turns = "all"
@@ -126,11 +131,6 @@ def build_packed(
             plan = run.plan(seq_len, strategy, overflow, seed)
             fingerprint = run.fingerprint(plan)
             files, counts = run.write(plan, fingerprint, file_format)
-            if not counts["supervised"]:
-                raise DataError(
-                    f"rows of {seq_len} tokens with overflow {overflow} cut off every supervised token; raise "
-                    "--seq-len, or choose --overflow split"
-                )
             manifest = run.manifest(plan, fingerprint, files, counts, sources, file_format)
             with written_whole(run.rows / MANIFEST_NAME) as path:
                 path.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
@@ -201,7 +201,7 @@ class _Run:
                 columns = [name for name in chunk[0] if name != "source"]
                 self.form, digest = form_of(columns), DocumentsDigest(columns)
                 self._prepare()
-            chunk_digest = digest.update(chunk)
+            chunk_digest = _with_sources(digest.update(chunk), chunk)
             if self._is_done(number, chunk_digest):
                 self.kept += 1
             else:
@@ -257,19 +257,13 @@ class _Run:
             for name, count in json.loads(meta["counts"]).items():
                 self.counts[name] = self.counts.get(name, 0) + count
             lengths.append(_read_lengths(self.jobs.tokens(number)))
-            longest, source = json.loads(meta.get("longest", '[0, ""]'))
-            if overflow == "error" and longest > seq_len:
-                raise DataError(
-                    f"{source}: a document of {longest} tokens, and rows have {seq_len}; raise --seq-len, or choose "
-                    "--overflow split, truncate or drop"
-                )
         starts = np.cumsum([0, *map(len, lengths)])
         if not starts[-1]:
             raise DataError(
                 f"none of {self.counts['read']} documents has a supervised token, so all were dropped; check the "
                 f"fields and max_length={self.options.max_length}"
             )
-        plan = plan_rows(np.concatenate(lengths), seq_len, strategy, overflow=overflow, seed=seed)
+        plan = self._plan(np.concatenate(lengths), starts, seq_len, strategy, overflow, seed)
         del lengths
         if not plan.num_rows:
             raise DataError(
@@ -282,6 +276,43 @@ class _Run:
                 np.save(file, array)
         self.report("planning", plan.num_rows, plan.num_rows)
         return plan
+
+    def _plan(
+        self, lengths: np.ndarray, starts: np.ndarray, seq_len: int, strategy: str, overflow: str, seed: int
+    ) -> PackingPlan:
+        """The plan, without the documents of which it would cut off every supervised token, if those are dropped."""
+        too_long = np.flatnonzero(lengths > seq_len)
+        if overflow == "error" and len(too_long):
+            first = int(too_long[0])
+            raise DataError(too_long_message(self._name(first, starts), int(lengths[first]), len(too_long), seq_len))
+        plan = plan_rows(lengths, seq_len, strategy, overflow=overflow, seed=seed)
+        left = np.arange(0)
+        while len(bare := documents_cut_bare(plan, lengths, partial(_supervised, self.jobs, starts))):
+            if len(bare) == len(np.unique(plan.document_indices)):
+                raise DataError(
+                    f"rows of {seq_len} tokens with overflow {overflow} cut off every supervised token; raise "
+                    "--seq-len, or choose --overflow split"
+                )
+            if self.options.on_unsupervised == "error":
+                said = cut_bare_message(self._name(int(bare[0]), starts), len(bare), seq_len)
+                other = "" if overflow == "split" else " choose --overflow split,"
+                raise DataError(
+                    f"{said}; raise --seq-len,{other} or leave such documents out with on_unsupervised='drop' "
+                    "(--on-unsupervised drop)"
+                )
+            self.counts["cut_bare"] = self.counts.get("cut_bare", 0) + len(bare)
+            left = np.setdiff1d(left if len(left) else np.arange(len(lengths)), bare)
+            plan = plan_rows(lengths[left], seq_len, strategy, overflow=overflow, seed=seed)
+            plan = replace(plan, document_indices=left[plan.document_indices])
+        return plan
+
+    def _name(self, document: int, starts: np.ndarray) -> str:
+        """Where a tokenised document was read from."""
+        chunk = int(np.searchsorted(starts, document, side="right")) - 1
+        table = _open_arrow(self.jobs.tokens(chunk))
+        if "source" not in table.column_names:
+            return f"document {document}"
+        return table.column("source")[document - int(starts[chunk])].as_py()
 
     def fingerprint(self, plan: PackingPlan) -> str:
         """Of everything that the rows follow from."""
@@ -365,6 +396,7 @@ class _Run:
                 "longer than a row, truncated": plan.num_truncated,
                 "longer than a row, dropped": plan.num_dropped,
                 "pieces left without supervision": totals["unsupervised"],
+                **({"supervision cut off, dropped": self.counts["cut_bare"]} if "cut_bare" in self.counts else {}),
             },
         )
 
@@ -400,6 +432,11 @@ def _key(settings: str, digest: str) -> str:
     return hashlib.sha256(f"{settings}{digest}".encode()).hexdigest()
 
 
+def _with_sources(digest: str, chunk: list[Mapping[str, str]]) -> str:
+    """The digest of a chunk and of where its documents were read from, which its tokens keep for messages."""
+    return _key(digest, "\n".join(row.get("source", "") for row in chunk))
+
+
 def _tokenise_chunk(jobs: _Tokenising, number: int) -> Counts:
     """Tokens of one chunk: a supervised token as its id, any other as the complement of its id."""
     import pyarrow as pa
@@ -408,7 +445,7 @@ def _tokenise_chunk(jobs: _Tokenising, number: int) -> Counts:
     digest = table.schema.metadata[b"digest"].decode()
     values: list[np.ndarray] = []
     lengths: list[int] = []
-    longest = (0, "")
+    sources: list[str] = []
     counts = {"read": table.num_rows, "dropped": 0, "truncated": 0, "truncated_tokens": 0}
     for batch in table.to_batches(1000):
         columns = batch.to_pydict()
@@ -417,19 +454,18 @@ def _tokenise_chunk(jobs: _Tokenising, number: int) -> Counts:
             tokens = np.array(ids, dtype=np.int32)
             values.append(np.where(np.array(labels, dtype=np.int32) == IGNORED, ~tokens, tokens))
             lengths.append(len(ids))
-        longest = max([longest, *zip(map(len, out["input_ids"]), out["source"], strict=True)], key=lambda pair: pair[0])
+        sources += out["source"]
         counts["dropped"] += batch.num_rows - len(out["input_ids"])
         counts["truncated"] += sum(cut > 0 for cut in out["cut"])
         counts["truncated_tokens"] += sum(out["cut"])
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     tokens_of = np.concatenate(values) if values else np.zeros(0, np.int32)
     column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens_of))
-    meta = {
-        "key": _key(jobs.settings, digest),
-        "counts": json.dumps(counts),
-        "longest": json.dumps(longest),
-    }
-    _write_arrow(pa.table({"tokens": column}).replace_schema_metadata(meta), jobs.tokens(number))
+    meta = {"key": _key(jobs.settings, digest), "counts": json.dumps(counts)}
+    made = {"tokens": column}
+    if "source" in table.column_names:
+        made["source"] = pa.array(sources, pa.large_string())
+    _write_arrow(pa.table(made).replace_schema_metadata(meta), jobs.tokens(number))
     jobs.text(number).unlink()
     return counts
 
@@ -460,7 +496,7 @@ def _write_shard(jobs: _Writing, number: int) -> Counts:
             counts["documents"] += len(sizes)
             counts["tokens"] += len(ids)
             counts["supervised"] += int(is_supervised.sum())
-            counts["unsupervised"] += int((np.add.reduceat(is_supervised, begins, dtype=np.int64) == 0).sum())
+            counts["unsupervised"] += int((supervised_in_pieces(is_supervised, sizes) == 0).sum())
     record = {
         "fingerprint": jobs.fingerprint,
         "bytes": path.stat().st_size,
@@ -470,6 +506,12 @@ def _write_shard(jobs: _Writing, number: int) -> Counts:
     with written_whole(jobs.sidecar(number)) as partial:
         partial.write_text(json.dumps(record))
     return counts
+
+
+def _supervised(
+    jobs: _Tokenising, chunk_starts: np.ndarray, index: np.ndarray, starts: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
+    return _gather(jobs, chunk_starts, index, starts, sizes) >= 0
 
 
 def _is_written(jobs: _Writing, number: int) -> bool:
@@ -487,7 +529,7 @@ def _sha256_of(path: Path) -> str:
 
 
 def _gather(
-    jobs: _Writing, chunk_starts: np.ndarray, index: np.ndarray, starts: np.ndarray, sizes: np.ndarray
+    jobs: _Tokenising | _Writing, chunk_starts: np.ndarray, index: np.ndarray, starts: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray:
     """int32 tokens of the pieces one after the other; chunks are mapped only while they are read."""
     out = np.empty(int(sizes.sum()), dtype=np.int32)

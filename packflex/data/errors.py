@@ -20,3 +20,16 @@ def one_line(error: BaseException) -> str:
     """What a library says in an exception, on one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def too_long_message(first: str, length: int, count: int, seq_len: int) -> str:
+    """What to say of `count` documents that are longer than a row, the first of them `first` with `length` tokens."""
+    return (
+        f"{first}: {length:,} tokens, more than seq_len={seq_len} ({count:,} such documents); choose another overflow "
+        "(split, truncate or drop), or longer rows"
+    )
+
+
+def padded_message(name: str) -> str:
+    """What to say of a document with padding in it."""
+    return f"{name} is padded (its attention_mask has zeros): tokenise without padding, packing needs none"

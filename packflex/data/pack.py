@@ -16,12 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from packflex.data.errors import DataError, padded_message, too_long_message
 from packflex.data.labels import IGNORED, MASK_COLUMNS
+from packflex.data.supervision import cut_bare_message, documents_cut_bare
 from packflex.packing import PackingPlan, plan_rows
 
 logger = logging.getLogger(__name__)
 
 _TOKENS_AT_ONCE = 1 << 22
+_INT32_MAX = 2**31 - 1
 
 
 def pack_dataset(
@@ -38,11 +41,14 @@ def pack_dataset(
     Args:
         dataset: column `input_ids`, one document a row. Supervision comes from `labels` (-100 where the loss passes
             over), or from a column of 0 and 1 named `loss_mask`, `completion_mask` or `assistant_masks`; without any,
-            every token is supervised.
+            every token is supervised. A column `source` names documents in errors; without it they are called
+            "document 12". Documents that come twice are packed twice: compare ids before, as
+            `packflex.data.sources.read_documents` does.
         seq_len: tokens of a row.
         strategy: "best_fit", "next_fit" or "wrapped"; see `packflex.packing`.
         overflow: "split", "truncate", "drop" or "error" for documents longer than a row. What is cut or dropped is
-            logged as a warning with its counts, and is in the plan (`plan_dataset`).
+            logged as a warning with its counts, and is in the plan (`plan_dataset`). So are documents that stay in the
+            rows although every supervised token of theirs was cut off (`unsupervised_documents` lists them).
         seed: of the order; None keeps the documents' own.
         plan: a plan of `plan_dataset` for these documents, in place of the four arguments before.
 
@@ -51,9 +57,10 @@ def pack_dataset(
         document of the row). The label of a document's first token is -100: nothing in the row predicts it.
 
     Raises:
-        ValueError: no `input_ids`, no documents, an empty or padded document, labels or masks of another length, a plan
-            for documents of other lengths; all with the number of the offending document.
-        TypeError: a column that does not hold lists of integers.
+        ValueError: no `input_ids`, no documents, an empty or padded document, labels or masks of another length, ids
+            below 0 or beyond int32, a document too long for overflow="error", a plan for documents of other lengths;
+            all with the name of the offending document.
+        TypeError: a column that does not hold lists of integers, with the document that shows it.
 
     Example:
         >>> documents = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6, 7], [8] * 7]})
@@ -67,15 +74,18 @@ def pack_dataset(
     if marks is not None:
         _require_same_lengths(tokens, marks)
     if plan is None:
-        plan = _plan(tokens.lengths, seq_len, strategy, overflow, seed)
+        plan = _plan(dataset, tokens.lengths, seq_len, strategy, overflow, seed)
     elif plan.num_documents != len(tokens.lengths):
         raise ValueError(f"the plan is for {plan.num_documents} documents; the data set has {len(tokens.lengths)}")
     else:
         plan.validate(tokens.lengths)  # as many documents of other lengths would be mixed up
-    unsupervised: list[np.ndarray] = []
-    tables = list(_tables(plan, tokens, marks, supervision in MASK_COLUMNS, unsupervised))
+    tables = list(_tables(plan, tokens, marks, is_mask=supervision in MASK_COLUMNS))
     packed = Dataset(pa.concat_tables(tables), info=datasets.DatasetInfo(features=_FEATURES))
-    _report(plan, np.concatenate(unsupervised) if unsupervised else np.zeros(0, np.int64))
+    _report(plan)
+    bare = documents_cut_bare(plan, tokens.lengths, _supervised(tokens, marks))
+    if len(bare):
+        said = cut_bare_message(name_of(dataset, int(bare[0])), len(bare), plan.seq_len)
+        logger.warning('%s; raise seq_len, choose overflow="split", or leave such documents out', said)
     return packed
 
 
@@ -83,7 +93,32 @@ def plan_dataset(
     dataset: Dataset, seq_len: int = 8192, strategy: str = "best_fit", overflow: str = "split", seed: int | None = 0
 ) -> PackingPlan:
     """The plan by which `pack_dataset` would pack these documents; arguments and errors as there."""
-    return _plan(_TokenColumn(dataset, "input_ids").lengths, seq_len, strategy, overflow, seed)
+    return _plan(dataset, _TokenColumn(dataset, "input_ids").lengths, seq_len, strategy, overflow, seed)
+
+
+def unsupervised_documents(dataset: Dataset, plan: PackingPlan) -> np.ndarray:
+    """Documents, ascending, that had supervised tokens of which the plan cuts off every one.
+
+    Args:
+        dataset: as `pack_dataset` takes it.
+        plan: of `plan_dataset` for it.
+
+    Example:
+        >>> documents = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "labels": [[-100, -100, 3], [-100, 5]]})
+        >>> unsupervised_documents(documents, plan_dataset(documents, seq_len=2, overflow="truncate")).tolist()
+        [0]
+    """
+    tokens = _TokenColumn(dataset, "input_ids")
+    supervision = _supervision_column(dataset)
+    marks = None if supervision is None else _TokenColumn(dataset, supervision)
+    return documents_cut_bare(plan, tokens.lengths, _supervised(tokens, marks))
+
+
+def name_of(dataset: Dataset, document: int) -> str:
+    """What to call a document in a message: its `source` (a file and line) if the data set has it, else its number."""
+    if "source" in dataset.column_names and isinstance(source := dataset[document]["source"], str):
+        return source
+    return f"document {document}"
 
 
 _FEATURES = datasets.Features(
@@ -91,24 +126,33 @@ _FEATURES = datasets.Features(
 )
 
 
-def _plan(lengths: np.ndarray, seq_len: int, strategy: str, overflow: str, seed: int | None) -> PackingPlan:
+def _plan(
+    dataset: Dataset, lengths: np.ndarray, seq_len: int, strategy: str, overflow: str, seed: int | None
+) -> PackingPlan:
     if not len(lengths):
         raise ValueError("the data set has no documents to pack")
+    if overflow == "error" and strategy != "wrapped" and seq_len >= 1:
+        too_long = np.flatnonzero(lengths > seq_len)
+        if len(too_long):
+            first = int(too_long[0])
+            raise DataError(too_long_message(name_of(dataset, first), int(lengths[first]), len(too_long), seq_len))
     return plan_rows(lengths, seq_len, strategy, overflow=overflow, seed=seed)
 
 
-def _report(plan: PackingPlan, unsupervised: np.ndarray) -> None:
+def _report(plan: PackingPlan) -> None:
     logger.info("%r", plan)
-    if len(unsupervised):
-        logger.warning(
-            "%d documents, or pieces of them, have no supervised token in their row, document %d first: they take room "
-            "and train nothing. Raise seq_len, or leave them out",
-            len(unsupervised), unsupervised.min(),
-        )  # fmt: skip
     if plan.num_truncated:
         logger.warning("%d documents lost %d tokens to truncation", plan.num_truncated, plan.truncated_tokens)
     if plan.num_dropped:
         logger.warning("%d documents with %d tokens were dropped", plan.num_dropped, plan.dropped_tokens)
+
+
+def _supervised(tokens: _TokenColumn, marks: _TokenColumn | None) -> Any:
+    """Whether tokens are supervised, as `documents_cut_bare` asks."""
+    if marks is None:
+        return lambda documents, starts, lengths: np.ones(int(lengths.sum()), dtype=bool)
+    passed_over = 0 if marks.name in MASK_COLUMNS else IGNORED
+    return lambda documents, starts, lengths: marks.gather(documents, starts, lengths) != passed_over
 
 
 class _TokenColumn:
@@ -120,7 +164,7 @@ class _TokenColumn:
                 f"the data set has no column {name!r} (its columns are {', '.join(dataset.column_names)}); "
                 "tokenise it first"
             )
-        self.name = name
+        self.name, self.dataset = name, dataset
         column = dataset.select_columns([name]).with_format("arrow")[:][name]
         chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
         self.values: list[np.ndarray] = []
@@ -129,53 +173,53 @@ class _TokenColumn:
         first = 0
         for chunk in chunks:
             self._require_integer_lists(chunk, first)
-            offsets = chunk.offsets.to_numpy()
-            values = chunk.values
-            self.values.append(values.to_numpy(zero_copy_only=False))
-            self._require_int32(self.values[-1], offsets, first)
-            self.starts.append(offsets[:-1].astype(np.int64))
-            lengths.append(np.diff(offsets).astype(np.int64))
+            offsets = chunk.offsets.to_numpy().astype(np.int64)
+            # of this chunk alone: a slice's buffer also holds the documents outside it
+            self.values.append(chunk.flatten().to_numpy(zero_copy_only=False))
+            self.starts.append(offsets[:-1] - offsets[0])
+            lengths.append(np.diff(offsets))
             first += len(chunk)
         self.lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
         self.chunk_ends = np.cumsum([len(part) for part in lengths])
         if name == "input_ids" and (self.lengths == 0).any():
-            raise ValueError(f"document {int(np.argmax(self.lengths == 0))} is empty; remove empty documents first")
-
-    def _require_int32(self, values: np.ndarray, offsets: np.ndarray, first: int) -> None:
-        least = 0 if self.name == "input_ids" else -(2**31)
-        inside = values[offsets[0] : offsets[-1]]  # a slice's values lie in those of the whole
-        if not len(inside) or inside.dtype == bool or (inside.min() >= least and inside.max() < 2**31):
-            return
-        at = int(np.argmax((inside < least) | (inside >= 2**31)))
-        document = first + int(np.searchsorted(offsets, at + offsets[0], side="right")) - 1
-        raise ValueError(
-            f"document {document}: {self.name} holds {inside[at]}; token ids go from 0 to 2147483647: check how the "
-            "documents were tokenised"
-        )
+            at = int(np.argmax(self.lengths == 0))
+            raise ValueError(f"{name_of(dataset, at)} is empty; remove empty documents first")
 
     def _require_integer_lists(self, chunk: Any, first: int) -> None:
         kind = chunk.type
+        name = lambda at: name_of(self.dataset, first + at)  # noqa: E731
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-            raise TypeError(f"column {self.name!r} must hold lists of integers; it holds {kind}")
-        if chunk.null_count:
-            at = first + int(np.argmax(pc.is_null(chunk).to_numpy(zero_copy_only=False)))
-            raise ValueError(f"document {at}: {self.name!r} is missing (null)")
-        inner = kind.value_type
-        if not (pa.types.is_integer(inner) or pa.types.is_boolean(inner)):
+            shown = _shown(chunk[0].as_py()) if len(chunk) else "nothing"
             raise TypeError(
-                f"column {self.name!r} must hold lists of integers; it holds lists of {inner}. Look for documents with "
-                f"NaN or missing tokens, and cast the rest: dataset.cast_column({self.name!r}, "
-                "datasets.List(datasets.Value('int32')))"
+                f"{name(0)}: {self.name!r} must be a list of integers; got {shown} (the column must hold lists of "
+                f"integers; it holds {kind}); tokenise again"
             )
-        values = chunk.flatten()  # without what a slice leaves out
+        if chunk.null_count:
+            at = int(np.argmax(pc.is_null(chunk).to_numpy(zero_copy_only=False)))
+            raise ValueError(f"{name(at)}: {self.name!r} is missing (null); remove the document or tokenise it again")
+        inner, values = kind.value_type, chunk.flatten()
+        is_integer = pa.types.is_integer(inner) or pa.types.is_boolean(inner)
+        if (is_integer and not values.null_count) or not len(values):
+            return
+        # the value that shows it best: a null or NaN, a fraction, else the first
         if values.null_count:
-            at = int(np.argmax(pc.is_null(values).to_numpy(zero_copy_only=False)))
-            ends = np.cumsum(chunk.value_lengths().to_numpy(zero_copy_only=False))
-            document = first + int(np.searchsorted(ends, at, side="right"))
-            raise TypeError(f"document {document}: {self.name!r} has a missing token (null); leave it out or mend it")
+            wrong = pc.is_null(values).to_numpy(zero_copy_only=False)
+        elif pa.types.is_floating(inner):
+            numbers = values.to_numpy(zero_copy_only=False)
+            wrong = numbers != np.floor(numbers)  # NaN is unlike itself
+        else:
+            wrong = np.ones(1, dtype=bool)
+        place = int(np.argmax(wrong))
+        ends = np.cumsum(chunk.value_lengths().to_numpy(zero_copy_only=False))
+        at = int(np.searchsorted(ends, place, side="right"))
+        raise TypeError(
+            f"{name(at)}: {self.name!r} holds {_shown(values[place].as_py())} at place "
+            f"{place - int(ends[at - 1] if at else 0)} (the column must hold lists of integers; it holds lists of "
+            f"{inner}{' with nulls' if values.null_count else ''}); tokenise again, or cast the column to int32"
+        )
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """int64 tokens of the pieces, one after the other."""
+        """int64 tokens of the pieces, one after the other; refuses those that no token or label can be."""
         out = np.empty(int(lengths.sum()), dtype=np.int64)
         ends = np.cumsum(lengths)
         chunk_of = np.searchsorted(self.chunk_ends, documents, side="right")
@@ -186,8 +230,32 @@ class _TokenColumn:
             sizes = lengths[here]
             ramp = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
             target = np.repeat(ends[here] - sizes, sizes) + ramp
-            out[target] = self.values[chunk][np.repeat(source, sizes) + ramp]
+            values = self.values[chunk][np.repeat(source, sizes) + ramp]
+            self._require_tokens(values, documents[here], sizes)
+            out[target] = values
         return out
+
+    def _require_tokens(self, values: np.ndarray, documents: np.ndarray, lengths: np.ndarray) -> None:
+        if self.name in MASK_COLUMNS or not len(values) or (values.min() >= 0 and values.max() <= _INT32_MAX):
+            return
+        wrong = (values < 0) | (values > _INT32_MAX)
+        if self.name == "labels":
+            wrong &= values != IGNORED
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            document = int(np.repeat(documents, lengths)[at])
+            passed_over = f", or {IGNORED} where the loss passes over" if self.name == "labels" else ""
+            raise ValueError(
+                f"{name_of(self.dataset, document)}: {self.name!r} holds {int(values[at])}, and tokens are from 0 to "
+                f"{_INT32_MAX} (int32){passed_over}; tokenise again"
+            )
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _refuse_padding(dataset: Dataset) -> None:
@@ -199,12 +267,9 @@ def _refuse_padding(dataset: Dataset) -> None:
         for chunk in batch["attention_mask"].chunks:
             values = chunk.flatten().to_numpy(zero_copy_only=False)
             if len(values) and not values.all():
-                ends = np.cumsum(chunk.value_lengths().to_numpy(zero_copy_only=False))
+                ends = np.cumsum(pc.fill_null(chunk.value_lengths(), 0).to_numpy(zero_copy_only=False))
                 at = document + int(np.searchsorted(ends, int(np.argmin(values != 0)), side="right"))
-                raise ValueError(
-                    f"document {at} is padded (its attention_mask has zeros): tokenise without padding, packing needs "
-                    "none"
-                )
+                raise ValueError(padded_message(name_of(dataset, at)))
             document += len(chunk)
 
 
@@ -218,21 +283,15 @@ def _supervision_column(dataset: Dataset) -> str | None:
 def _require_same_lengths(tokens: _TokenColumn, marks: _TokenColumn) -> None:
     wrong = np.flatnonzero(tokens.lengths != marks.lengths)
     if len(wrong):
-        at = wrong[0]
+        at = int(wrong[0])
         raise ValueError(
-            f"document {at}: input_ids has {tokens.lengths[at]} tokens and {marks.name} {marks.lengths[at]}; "
-            "they must be equally long"
+            f"{name_of(tokens.dataset, at)}: input_ids has {tokens.lengths[at]} tokens and {marks.name} "
+            f"{marks.lengths[at]}; they must be equally long"
         )
 
 
-def _tables(
-    plan: PackingPlan,
-    tokens: _TokenColumn,
-    marks: _TokenColumn | None,
-    is_mask: bool,
-    unsupervised: list[np.ndarray],
-) -> Iterator[pa.Table]:
-    """Tables of consecutive rows, some millions of tokens each; documents without supervision go to `unsupervised`."""
+def _tables(plan: PackingPlan, tokens: _TokenColumn, marks: _TokenColumn | None, is_mask: bool) -> Iterator[pa.Table]:
+    """Tables of consecutive rows, some millions of tokens each."""
     rows_at_once = max(1, _TOKENS_AT_ONCE // plan.seq_len)
     for first in range(0, plan.num_rows, rows_at_once):
         offsets = plan.row_offsets[first : first + rows_at_once + 1]
@@ -244,10 +303,7 @@ def _tables(
         if marks is not None:
             given = marks.gather(*pieces)
             labels = np.where(given != 0, ids, IGNORED) if is_mask else given
-        begins = np.cumsum(sizes) - sizes
-        labels[begins] = IGNORED
-        if marks is not None and len(begins):
-            unsupervised.append(pieces[0][~np.logical_or.reduceat(labels != IGNORED, begins)])
+        labels[np.cumsum(sizes) - sizes] = IGNORED
         ends = np.concatenate([[0], np.cumsum(sizes)])[offsets - offsets[0]]
         columns = [_lists(ids, ends), _lists(labels, ends), _lists(sizes, offsets - offsets[0])]
         yield pa.Table.from_arrays(columns, schema=_FEATURES.arrow_schema)

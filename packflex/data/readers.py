@@ -11,6 +11,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 1000
 _UTF8_BOM = b"\xef\xbb\xbf"
+_STREAM_END, _OLD_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0"  # of an Arrow stream; before Arrow 0.15
 
 
 def find_files(path: str | Path | Sequence[str | Path], suffixes: tuple[str, ...]) -> list[Path]:
@@ -148,9 +150,6 @@ def read_parquet(file: Path, columns: Iterable[str], also: Iterable[str] = ()) -
         yield from _rows(file, reader.iter_batches(batch_size=_ROWS_AT_ONCE, columns=chosen))
 
 
-_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # what every writer of Arrow streams closes them with
-
-
 def read_arrow(file: Path, columns: Iterable[str], also: Iterable[str] = ()) -> Iterator[Record]:
     """Records of an Arrow file (file or stream form) or a folder made by `Dataset.save_to_disk`; rows from 0.
 
@@ -165,14 +164,38 @@ def read_arrow(file: Path, columns: Iterable[str], also: Iterable[str] = ()) -> 
     try:
         with pa.memory_map(str(file)) as source:
             is_file_form = source.read(6) == b"ARROW1"
-            source.seek(max(0, source.size() - len(_STREAM_END)))
-            if not is_file_form and source.read() != _STREAM_END:
-                raise pa.ArrowInvalid("the stream has no end: the file was cut off; copy or write it again")
             source.seek(0)
-            table = (pa.ipc.open_file(source) if is_file_form else pa.ipc.open_stream(source)).read_all()
+            table = pa.ipc.open_file(source).read_all() if is_file_form else _whole_stream(file, source)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: not an Arrow file ({one_line(error)}); check the file or its suffix") from error
     yield from _rows(file, table.select(_chosen(file, table.column_names, columns, also)).to_batches(_ROWS_AT_ONCE))
+
+
+def _whole_stream(file: Path, source: Any) -> pa.Table:
+    """The table of an Arrow stream; one that was cut between two batches lacks only the mark of its end."""
+    import pyarrow as pa
+
+    reader = pa.ipc.open_stream(source)
+    batches = []
+    end = source.tell()
+    for batch in iter(partial(_next_batch, reader), None):
+        batches.append(batch)
+        end = source.tell()
+    source.seek(end)
+    mark = source.read(8)
+    if mark != _STREAM_END and mark[:4] != _OLD_STREAM_END:
+        raise DataError(
+            f"{file}: cut short after {sum(map(len, batches)):,} rows: the mark of an Arrow stream's end is missing; "
+            "copy or write the file again"
+        )
+    return pa.Table.from_batches(batches, reader.schema)
+
+
+def _next_batch(reader: Any) -> pa.RecordBatch | None:
+    try:
+        return reader.read_next_batch()
+    except StopIteration:
+        return None
 
 
 def read_hub(
@@ -213,6 +236,9 @@ def _load_from_disk(folder: Path) -> Dataset:
         ) from error
     if not isinstance(loaded, datasets.Dataset):
         raise DataError(f"{folder}: holds the splits {', '.join(map(str, loaded))}; give the folder of one of them")
+    for file in loaded.cache_files:  # datasets takes a file that was cut between two batches for whole
+        with pa.memory_map(file["filename"]) as source:
+            _whole_stream(Path(file["filename"]), source)
     return loaded
 
 

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, islice
@@ -39,8 +42,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Kind = Literal["stdlib", "jsonl", "parquet", "arrow", "hub", "gsm8k", "chat"]
-OnDuplicate = Literal["error", "drop", "keep"]
+OnDuplicate = Literal["report", "error", "drop", "keep"]
 Paths = str | Path | Sequence[str | Path]
+
+logger = logging.getLogger(__name__)
 
 _SUFFIXES: dict[str, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".ndjson", ".json", ".jsonl.gz"),
@@ -50,6 +55,7 @@ _SUFFIXES: dict[str, tuple[str, ...]] = {
 # A question and its worked answer; the prompt ends in a newline so that the answer starts a token of its own.
 _GSM8K_PROMPT = "Question: {question}\nAnswer:\n"
 _CHUNK_ROWS = 2000  # of Arrow tables: keeps a chunk of long documents far from Arrow's 2 GiB of string offsets
+_MAX_TEXT_BYTES = 2**31 - 2  # of one string of an Arrow column
 
 
 def load_documents(
@@ -62,6 +68,8 @@ def load_documents(
     completion_field: str = "completion",
     messages_field: str = "messages",
     tools_field: str = "tools",
+    id_field: str = "id",
+    on_duplicate: OnDuplicate = "report",
     config: str | None = None,
     split: str = "train",
     heldout_percent: int = 5,
@@ -78,6 +86,7 @@ def load_documents(
             messages before prompt and completion before text.
         text_field, prompt_field, completion_field, messages_field, tools_field: what the fields are called in the
             source. `tools_field` may be absent from a record.
+        id_field, on_duplicate: as in `read_documents`.
         config: hub configuration (subset).
         split: hub split such as "train" or "train[:1000]"; for "stdlib" "train", "heldout" or "all".
         heldout_percent: share of "stdlib" that is held out.
@@ -97,8 +106,9 @@ def load_documents(
     return _to_dataset(
         read_documents(
             kind, path, format=format, text_field=text_field, prompt_field=prompt_field,
-            completion_field=completion_field, messages_field=messages_field, tools_field=tools_field, config=config,
-            split=split, heldout_percent=heldout_percent, limit=limit,
+            completion_field=completion_field, messages_field=messages_field, tools_field=tools_field,
+            id_field=id_field, on_duplicate=on_duplicate, config=config, split=split, heldout_percent=heldout_percent,
+            limit=limit,
         )
     )  # fmt: skip
 
@@ -114,7 +124,7 @@ def read_documents(
     messages_field: str = "messages",
     tools_field: str = "tools",
     id_field: str = "id",
-    on_duplicate: OnDuplicate = "keep",
+    on_duplicate: OnDuplicate = "report",
     config: str | None = None,
     split: str = "train",
     heldout_percent: int = 5,
@@ -125,9 +135,11 @@ def read_documents(
     Args:
         kind, path, format, text_field, prompt_field, completion_field, messages_field, tools_field, config, split,
             heldout_percent, limit: as in `load_documents`.
-        id_field: what the field is called that names a record, if records have one.
-        on_duplicate: what to do with a record whose id came before: "error" names both, "drop" leaves it out, "keep"
-            does not look. An id that came before is known by 64 bits of its hash, some 90 bytes a record.
+        id_field: what the field is called that names a record. A record without it, or with null, is distinct. A field
+            that is asked for (another than "id", or with "error" or "drop") must be in some record.
+        on_duplicate: what to do with a record whose id came before: "report" keeps it and logs a warning at the end
+            with the number of such records and the first of them, "error" names both, "drop" leaves it out, "keep" does
+            not look. Ids are known by 64 bits of their hash, 8 bytes a record to report and some 90 to refuse or drop.
 
     Raises:
         DataError: anything wrong with the data, when it is reached; one line with file, line and remedy.
@@ -142,6 +154,11 @@ def read_documents(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, or None for all records; got {limit}")
     fields = Fields(text_field, prompt_field, completion_field, messages_field, tools_field, id_field)
+    if kind in ("stdlib", "gsm8k") and (on_duplicate in ("error", "drop") or id_field != "id"):
+        raise ValueError(
+            f"documents of kind {kind!r} have no ids; leave id_field and on_duplicate as they are (--id-field, "
+            "--on-duplicate)"
+        )
     if kind == "stdlib":
         return _normalised(islice(_stdlib_records(split, heldout_percent), limit), "prompt", Fields())
     if kind == "gsm8k":
@@ -156,39 +173,84 @@ def read_documents(
             return read_hub(str(path), config, split, fields.names(), (fields.id,))
         return chain.from_iterable(_READERS[kind](file, fields) for file in _files(kind, path))
 
-    iterator = records() if on_duplicate == "keep" else _distinct(records, fields.id, on_duplicate)
+    iterator = islice(records(), limit) if on_duplicate == "keep" else _Ids(fields.id, records).of(on_duplicate, limit)
     first = next(iterator, None)
     if first is None:
         raise DataError(f"{path}: holds no record")  # each reader says so itself, with the file's name
     found = detect_format(first, fields) if format == "auto" else format
-    return _normalised(islice(chain([first], iterator), limit), found, fields)
+    return _normalised(chain([first], iterator), found, fields)
 
 
-def _distinct(records: Callable[[], Iterator[Record]], field: str, on_duplicate: str) -> Iterator[Record]:
-    """Records whose id did not come before; a record without one is distinct."""
-    seen: set[int] = set()
-    number, found = 0, False
-    for record in records():
-        number += 1
-        if (value := record.values.get(field)) is not None:
-            found = True
-            key = _hash_of(value)
+class _Ids:
+    """Compares the ids of records as they pass; a record without one is distinct."""
+
+    def __init__(self, field: str, records: Callable[[], Iterator[Record]]) -> None:
+        self.field, self.records = field, records
+
+    def of(self, on_duplicate: str, limit: int | None) -> Iterator[Record]:
+        """The first `limit` records, without those whose id came before if they are dropped."""
+        is_strict = on_duplicate != "report"
+        seen: set[int] = set()
+        hashes = array("Q")
+        found, passed = False, 0
+        for record in self.records():
+            if (value := record.values.get(self.field)) is not None:
+                found = True
+                if not (isinstance(value, float) and math.isnan(value)):
+                    key = _hash_of(value)
+                    if not is_strict:
+                        hashes.append(key)
+                    elif key in seen:
+                        if on_duplicate == "drop":
+                            continue
+                        raise DataError(self._duplicate(record, key))
+                    else:
+                        seen.add(key)
+                elif is_strict:
+                    raise DataError(
+                        f"{record.source}: {self.field!r} is NaN, which names no record; give it an id, or null for a "
+                        "record without one"
+                    )
+            yield record
+            passed += 1
+            if passed == limit:
+                break
+        if not found and (is_strict or self.field != "id"):
+            raise DataError(
+                f"none of the {passed:,} records has the field {self.field!r}, so their ids cannot be compared; name "
+                "yours with id_field (--id-field), or choose on_duplicate='keep' (--on-duplicate)"
+            )
+        self._report(hashes, limit)
+
+    def _report(self, hashes: array[int], limit: int | None) -> None:
+        if len(hashes) < 2:
+            return
+        import numpy as np
+
+        keys, counts = np.unique(np.frombuffer(hashes, dtype=np.uint64), return_counts=True)
+        repeated = {int(key) for key in keys[counts > 1]}
+        if not repeated:
+            return
+        seen: set[int] = set()
+        for record in islice(self.records(), limit):  # read again, as far as the first that came before
+            value = record.values.get(self.field)
+            key = None if value is None else _hash_of(value)
             if key in seen:
-                if on_duplicate == "drop":
-                    continue
-                # by hash, as above: NaN is not equal to itself
-                earlier = next(r.source for r in records() if _hash_of(r.values.get(field)) == key)
-                raise DataError(
-                    f"{record.source}: {field!r} is {value!r}, as in {earlier}; remove one, keep the first with "
-                    "on_duplicate='drop' or both with 'keep' (--on-duplicate), or name another field with id_field "
-                    "(--id-field)"
-                )
-            seen.add(key)
-        yield record
-    if number and not found:
-        raise DataError(
-            f"none of {number} records has a field {field!r}, so no duplicate can be told; name another field with "
-            "id_field (--id-field), or keep all with on_duplicate='keep' (--on-duplicate keep)"
+                logger.warning(
+                    "%d records have an id that came before and are kept; the first is %s",
+                    len(hashes) - len(keys), self._duplicate(record, key),
+                )  # fmt: skip
+                return
+            if key in repeated:
+                seen.add(key)
+
+    def _duplicate(self, record: Record, key: int) -> str:
+        value = record.values[self.field]
+        same = (r.source for r in self.records() if _hash_of(r.values.get(self.field)) == key)
+        return (
+            f"{record.source}: {self.field!r} is {value!r}, as in {next(same, 'a record before')}; remove one, keep "
+            "the first with on_duplicate='drop' or both with 'keep' (--on-duplicate), or name another field with "
+            "id_field (--id-field)"
         )
 
 
@@ -309,7 +371,7 @@ def table_of(rows: list[dict[str, str]]) -> pa.Table:
     """Documents of `read_documents` as an Arrow table.
 
     Raises:
-        DataError: text that no encoding allows, with its source.
+        DataError: text that no encoding allows or that is too long for Arrow, with its source.
     """
     import pyarrow as pa
 
@@ -319,14 +381,14 @@ def table_of(rows: list[dict[str, str]]) -> pa.Table:
 def _string_column(values: list[str], name: str, rows: list[dict[str, str]]) -> Any:
     import pyarrow as pa
 
+    for value, row in zip(values, rows, strict=True):
+        if 4 * len(value) > _MAX_TEXT_BYTES and (size := len(value.encode("utf-8", "replace"))) > _MAX_TEXT_BYTES:
+            raise DataError(
+                f"{row['source']}: {name!r} is {size:,} bytes long, and a text may have {_MAX_TEXT_BYTES:,}; cut it "
+                "into several documents"
+            )
     try:
         return pa.array(values, pa.string())
-    except pa.ArrowCapacityError as error:
-        at = max(range(len(values)), key=lambda i: len(values[i]))
-        raise DataError(
-            f"{rows[at]['source']}: {name!r} has {len(values[at]):,} characters, and a document may have 2 GiB; "
-            "split it"
-        ) from error
     except UnicodeEncodeError as error:
         at = next(i for i, value in enumerate(values) if not _encodable(value))
         raise DataError(

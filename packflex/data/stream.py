@@ -9,6 +9,7 @@ number of workers, so the order of batches depends on lanes and ranks alone.
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,14 +18,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from packflex.data.errors import DataError
+from packflex.data.errors import DataError, one_line, padded_message
 from packflex.data.labels import FILLER, IGNORED, MASK_COLUMNS
+from packflex.data.supervision import cut_bare_message, supervised_in_pieces
 from packflex.packing.strategies import OVERFLOWS
 from packflex.packing.stream import StreamPacker
 
 logger = logging.getLogger(__name__)
 
 _SNAPSHOT_EVERY = 16  # batches of a lane between the states that a worker sends
+_INT32_MAX = 2**31 - 1
+_KNOWN_BY = 16  # first documents by which a resume knows a lane's source again
 _Piece = tuple[np.ndarray, np.ndarray]  # input_ids, labels, int32
 
 
@@ -42,21 +46,26 @@ class PackedStream:
 
     Args:
         source: documents with `input_ids`, and `labels` or a mask as `pack_dataset` takes them: a `datasets`
-            `IterableDataset`, or anything that gives the same documents each time it is iterated.
+            `IterableDataset`, or anything that gives the same documents each time it is iterated. Documents that come
+            twice are packed twice: leave them out before.
         collate: list of rows to a batch, such as `PackedCollator`.
         batch_size: rows of a batch.
         seq_len: tokens of a row.
         num_batches: batches of an epoch on each rank; None for one pass over the source.
         pool: documents that wait in each lane; more fill rows better.
         lanes: parts of the stream; by default the source's shards, or one for each rank and worker if that is more.
-        overflow: "split", "truncate", "drop" or "error" for documents longer than a row; counted in the log.
+        overflow: "split", "truncate", "drop" or "error" for documents longer than a row; counted in the log, as are
+            documents whose supervised tokens are all cut off.
         repeat: with `num_batches`, begin again when the source ends; otherwise batches without tokens follow.
         rank, world_size: this process, and processes.
         num_workers: processes that read and pack; 0 for none.
         pin_memory: copy batches into page-locked memory.
+        fingerprint: names the source in the state, which a stream of another name then refuses. Without it a source is
+            known by its first documents.
 
     Raises:
         ValueError: arguments out of range.
+        DataError: while it is iterated, a source without documents, or a document that cannot be packed, by name.
 
     Example:
         >>> stream = PackedStream(documents, PackedCollator(8192), batch_size=4, seq_len=8192, num_batches=1000)
@@ -79,6 +88,7 @@ class PackedStream:
         world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        fingerprint: str | None = None,
     ) -> None:
         if overflow not in OVERFLOWS:
             raise ValueError(f"overflow must be one of {', '.join(OVERFLOWS)}; got {overflow!r}")
@@ -93,7 +103,8 @@ class PackedStream:
         self.num_batches, self.repeat = num_batches, repeat
         self.rank, self.world_size = rank, world_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        shards = int(getattr(source, "num_shards", 1))
+        self.fingerprint, self._asked_lanes = fingerprint, lanes
+        self.num_shards = shards = int(getattr(source, "num_shards", 1))
         self.lanes = lanes or max(shards, world_size * max(1, num_workers))
         if self.lanes < world_size:
             raise ValueError(f"lanes must be at least world_size={world_size}, so that no rank goes empty; got {lanes}")
@@ -145,37 +156,47 @@ class PackedStream:
             "lanes": lanes,
             "num_lanes": self.lanes,
             "delivered": self._delivered,
-            "seq_len": self.seq_len,
-            "batch_size": self.batch_size,
-            "pool": self.pool,
-            "overflow": self.overflow,
+            **{name: getattr(self, name) for name in _SAME_ON_RESUME},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the last batch delivered when the state was taken; any number of ranks and workers.
 
         Raises:
-            ValueError: a state of other rows, or one that lacks lanes of this rank.
+            ValueError: a state of other rows, another pool or other lanes, one with fewer lanes than ranks, or one that
+                lacks lanes of this rank.
+            DataError: a source whose first documents are others.
         """
-        for name in ("seq_len", "batch_size", "pool", "overflow"):
-            if state.get(name, getattr(self, name)) != getattr(self, name):
+        ours = {name: getattr(self, name) for name in _SAME_ON_RESUME}
+        theirs = {name: state[name] for name in ours if name in state}
+        if self.fingerprint is None or theirs.get("fingerprint") is None:
+            theirs.pop("fingerprint", None)
+        if self._asked_lanes is not None:
+            ours["lanes"], theirs["lanes"] = self._asked_lanes, state["num_lanes"]
+        for name, value in theirs.items():
+            if value != ours[name]:
                 raise ValueError(
-                    f"the checkpoint's stream had {name}={state[name]}, this one has {getattr(self, name)}; resume "
-                    "with the same, or start a new run from the weights"
+                    f"the checkpoint's stream had {name}={value}, this one has {ours[name]}; resume with the same, or "
+                    "start a new run from the weights"
                 )
-        if state["num_lanes"] < self.world_size:
+        lanes = int(state["num_lanes"])
+        if lanes < self.world_size:
             raise ValueError(
-                f"the checkpoint's stream has {state['num_lanes']} lanes, and {self.world_size} ranks would leave some "
-                "without documents; resume on fewer ranks, or begin with lanes= as many as ranks will ever be"
+                f"the checkpoint's stream has {lanes} lanes, fewer than world_size={self.world_size}, so that ranks "
+                f"would go empty; resume on at most {lanes} ranks, or start a new run from the weights"
             )
-        self.lanes = state["num_lanes"]
-        missing = [number for number in self._mine() if number not in state["lanes"]]
+        mine = list(range(self.rank, lanes, self.world_size))
+        missing = [number for number in mine if number not in state["lanes"]]
         if missing:
             raise ValueError(
-                f"the checkpoint lacks lanes {missing} of {self.lanes}: its state was taken on one rank alone; take it "
+                f"the checkpoint lacks lanes {missing} of {lanes}: its state was taken on one rank alone; take it "
                 "on every rank at the same step, with torch.distributed initialised"
             )
-        self._states = {number: state["lanes"][number] for number in self._mine()}
+        known = next((number for number in mine if state["lanes"][number].get("first")), None)
+        if known is not None:
+            self._lane(known, lanes, state["lanes"][known]).require_same_source()
+        self.lanes = lanes
+        self._states = {number: state["lanes"][number] for number in mine}
         self._live = {}
         self._delivered = state["delivered"]
         self._resuming = self.num_batches is None or self._delivered < self.num_batches
@@ -191,6 +212,7 @@ class PackedStream:
             feeds = self._feeds(mine)
             active = [number for number in mine if not turn[number][1]]
             is_whole_pass, gave_any = all(batches == 0 for batches, _ in turn.values()), False
+            documents = 0
             while active:
                 number = min(active, key=lambda n: (turn[n][0], n))
                 lane, batch, state, report = next(feeds[number])
@@ -202,22 +224,34 @@ class PackedStream:
                     self._states[number] = {**self._states[number], "replay": self._states[number]["replay"] + 1}
                 if batch is None:
                     active.remove(number)
+                    documents += report["documents"]
                     _log_pass(number, report, self.seq_len)
                 else:
                     gave_any = True
                     yield batch
+            if is_whole_pass and not gave_any:
+                self._require_documents(documents)
             if self.num_batches is None:
                 self._begin_next_pass(mine)
                 return
-            if is_whole_pass and not gave_any:  # a source without documents has no next pass
-                if self.world_size == 1:
-                    raise DataError("the stream gave no document in a whole pass; look at its files and filters")
-                logger.warning("the lanes of rank %d gave no document in a whole pass", self.rank)
-                return
-            if not self.repeat:
+            if not self.repeat or (is_whole_pass and not gave_any):  # a source without documents has no next pass
                 return
             self._begin_next_pass(mine)
             turn = dict.fromkeys(mine, (0, False))
+
+    def _require_documents(self, documents: int) -> None:
+        """Say that a whole pass gave this rank nothing to train on, unless only other ranks' lanes have documents."""
+        if documents and self.world_size == 1:
+            raise DataError(
+                f"all {documents:,} documents of the stream are longer than seq_len={self.seq_len}, and "
+                'overflow="drop" leaves none; raise seq_len, or choose overflow="split"'
+            )
+        if not documents and next(iter(copy.copy(self.source)), None) is None:
+            raise DataError("the stream's source gives no document; check its files, its split and its filters")
+        logger.warning(
+            "rank %d has no documents: its batches count for nothing; give the source more shards, or fewer ranks",
+            self.rank,
+        )
 
     def _begin_next_pass(self, mine: list[int]) -> None:
         done = {n: self._live[n].epoch if n in self._live else self._states[n]["pass"] for n in mine}
@@ -234,7 +268,11 @@ class PackedStream:
 
     def _feeds(self, mine: list[int]) -> dict[int, Iterator[Any]]:
         """For each lane the iterator that gives its batches; lanes of one worker share it."""
-        make = {n: self._lane(n) for n in mine if n not in self._live and not self._turn(n)[1]}
+        make = {
+            n: self._lane(n, self.lanes, self._states.get(n))
+            for n in mine
+            if n not in self._live and not self._turn(n)[1]
+        }
         if not self.num_workers:
             for lane in make.values():
                 lane.replay()
@@ -257,11 +295,9 @@ class PackedStream:
             feeds |= dict.fromkeys((lane.number for lane in part), iter(loader))
         return feeds
 
-    def _lane(self, number: int) -> _Lane:
-        return _Lane(
-            number, self.lanes, self.source, StreamPacker(self.seq_len, self.pool), self.overflow, self.batch_size,
-            self._states.get(number),
-        )  # fmt: skip
+    def _lane(self, number: int, lanes: int, state: dict[str, Any] | None) -> _Lane:
+        packer: StreamPacker[_Piece] = StreamPacker(self.seq_len, self.pool)
+        return _Lane(number, lanes, self.source, packer, self.overflow, self.batch_size, state)
 
     def _any_rank(self, mine: bool) -> bool:
         if self.world_size == 1:
@@ -293,7 +329,8 @@ class _Lane:
         self._deal = (number // parts, -(-(lanes - part) // parts))
         self.source = source.shard(parts, part) if hasattr(source, "shard") else copy.copy(source)
         self.epoch, self.batches, self.over = state["pass"], state["batches"], state["over"]
-        self.report: dict[str, int] = {"without supervision": 0, **state["report"]}
+        self.report: dict[str, Any] = {**_NOTHING, **state["report"]}
+        self._first: list[str] = list(state.get("first", ()))
         self._read = state["read"]
         self._start: dict[str, Any] | None = state["source"]
         self._read_since = 0
@@ -333,6 +370,8 @@ class _Lane:
                 break
             self._read += 1
             self._read_since += 1
+            if self._read <= _KNOWN_BY and len(self._first) < self._read:
+                self._first.append(_digest(document))
             if (self._read - 1) % self._deal[1] == self._deal[0]:
                 self._add(document)
         return self.packer.take_row()
@@ -348,10 +387,30 @@ class _Lane:
             next(documents, None)
         return documents
 
-    def _add(self, document: Mapping[str, Any]) -> None:
+    def require_same_source(self) -> None:
+        """Compare the source's first documents with those that the state remembers.
+
+        Raises:
+            DataError: other documents.
+        """
+        if hasattr(self.source, "set_epoch"):
+            self.source.set_epoch(self.epoch)
+        documents = iter(self.source)
+        for at, known in enumerate(self._first):
+            document = next(documents, None)
+            if document is None or _digest(document) != known:
+                raise DataError(
+                    f"document {at} of lane {self.number} is not the one that the checkpoint's stream read: resume "
+                    "with the same source, or start a new run from the weights"
+                )
+
+    def _add(self, document: Any) -> None:
         name = f"document {self._read - 1} of lane {self.number}"
         if not isinstance(document, Mapping):
-            raise DataError(f"{name}: a document must be a mapping with 'input_ids'; got {type(document).__name__}")
+            raise DataError(
+                f"{name}: a {type(document).__name__}, and a document must be a mapping with 'input_ids'; give "
+                '{"input_ids": [...]}'
+            )
         name = document.get("source") or name
         ids, labels = _tokens(document, name)
         self.report["documents"] += 1
@@ -366,13 +425,17 @@ class _Lane:
             if self.overflow == "drop":
                 self.report["tokens lost"] += len(ids)
                 return
+            had_any = (labels[1:] != IGNORED).any()
             if self.overflow == "truncate":
                 self.report["tokens lost"] += len(ids) - room
                 ids, labels = ids[:room], labels[:room]
+            sizes = np.diff([*range(0, len(ids), room), len(ids)])
+            if had_any and not supervised_in_pieces(labels != IGNORED, sizes).any():
+                self.report["cut bare"] += 1
+                self.report["first cut bare"] = self.report["first cut bare"] or name
         for start in range(0, len(ids), room):
             piece = ids[start : start + room], labels[start : start + room].copy()
             piece[1][0] = IGNORED
-            self.report["without supervision"] += not (piece[1] != IGNORED).any() and len(piece[1]) > 1
             self.packer.add(piece, len(piece[0]))
             self.report["tokens"] += len(piece[0])
 
@@ -394,10 +457,19 @@ class _Lane:
             "read": self._read,
             "source": source,
             "report": dict(self.report),
+            "first": list(self._first),
             "ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
             "lengths": torch.tensor([len(piece[0]) for piece in pending], dtype=torch.int64),
         }
+
+
+# What a stream must have in common with the one whose state it takes.
+_SAME_ON_RESUME = ("seq_len", "batch_size", "pool", "overflow", "num_shards", "fingerprint")
+_NOTHING: Mapping[str, Any] = {
+    "documents": 0, "rows": 0, "tokens": 0, "longer than a row": 0, "tokens lost": 0, "cut bare": 0,
+    "first cut bare": "",
+}  # fmt: skip
 
 
 class _Feed(IterableDataset[Any]):
@@ -406,7 +478,7 @@ class _Feed(IterableDataset[Any]):
     def __init__(self, lanes: list[_Lane], collate: Callable[..., Any], batch_size: int, snapshots: bool) -> None:
         self.lanes, self.collate, self.batch_size, self.snapshots = lanes, collate, batch_size, snapshots
 
-    def __iter__(self) -> Iterator[tuple[int, Any, dict[str, Any] | None, dict[str, int]]]:
+    def __iter__(self) -> Iterator[tuple[int, Any, dict[str, Any] | None, dict[str, Any]]]:
         if self.snapshots:
             for lane in self.lanes:
                 lane.replay()
@@ -426,7 +498,7 @@ def _fresh_state(number: int) -> dict[str, Any]:
     nothing = torch.zeros(0, dtype=torch.int32)
     return {
         "pass": number, "batches": 0, "replay": 0, "over": False, "exhausted": False, "read": 0, "source": None,
-        "report": {"documents": 0, "rows": 0, "tokens": 0, "longer than a row": 0, "tokens lost": 0},
+        "report": dict(_NOTHING), "first": [],
         "ids": nothing, "labels": nothing, "lengths": nothing.long(),
     }  # fmt: skip
 
@@ -440,33 +512,70 @@ def _tokens(document: Mapping[str, Any], name: str) -> _Piece:
     if "input_ids" not in document:
         raise DataError(f"{name}: no 'input_ids' (it has {', '.join(map(repr, document))}); tokenise the stream first")
     ids = _integers(document["input_ids"], name, "input_ids")
-    if len(ids) and ids.min() < 0:
-        raise DataError(f"{name}: 'input_ids' holds {ids.min()}; token ids are 0 or more: tokenise again")
-    if document.get("attention_mask") is not None and not np.all(document["attention_mask"]):
-        raise DataError(f"{name}: the document is padded (its attention_mask has zeros); tokenise without padding")
     if not len(ids):
         raise DataError(f"{name}: the document is empty; leave empty documents out of the stream")
-    given = [column for column in ("labels", *MASK_COLUMNS) if document.get(column) is not None]
+    if document.get("attention_mask") is not None:
+        shown = _integers(document["attention_mask"], name, "attention_mask", lowest=-(2**31))
+        if not shown.all():
+            raise DataError(padded_message(name))
+    present = [column for column in ("labels", *MASK_COLUMNS) if column in document]
+    given = [column for column in present if document[column] is not None]
     if len(given) > 1:
         raise DataError(f"{name}: has {' and '.join(given)}; keep the one that says what is supervised")
+    if present and not given:
+        raise DataError(f"{name}: {present[0]!r} is missing (null); remove the document or tokenise it again")
     if not given:
         return ids, ids
-    marks = _integers(document[given[0]], name, given[0])
+    lowest = 0 if given[0] == "labels" else -(2**31)
+    marks = _integers(document[given[0]], name, given[0], lowest, but=IGNORED)
     if len(marks) != len(ids):
         raise DataError(f"{name}: input_ids has {len(ids)} tokens and {given[0]} {len(marks)}; they must be equal")
     return ids, (marks if given[0] == "labels" else np.where(marks != 0, ids, np.int32(IGNORED)))
 
 
-def _integers(values: Any, name: str, column: str) -> np.ndarray:
+def _integers(values: Any, name: str, column: str, lowest: int = 0, but: int = 0) -> np.ndarray:
+    """Values as int32: from `lowest`, or `but`."""
     try:
         array = np.asarray(values)
-    except ValueError as error:  # lists of unlike lengths
-        raise DataError(f"{name}: {column!r} must be a list of integers; got nested lists of unlike lengths") from error
+    except (ValueError, TypeError, OverflowError) as error:  # lists of several lengths, or of what is no number
+        raise DataError(
+            f"{name}: {column!r} must be a list of integers; got lists of several lengths or other objects "
+            f"({one_line(error)}); tokenise again"
+        ) from error
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
-        raise DataError(f"{name}: {column!r} must be a list of integers; got {array.dtype} of shape {array.shape}")
-    if array.size and (array.max() > 2**31 - 1 or array.min() < -(2**31)):
-        raise DataError(f"{name}: {column!r} holds {array.max()}, which does not fit int32; tokenise again")
+        at = next((at for at, value in enumerate(array) if not _is_whole(value)), 0) if array.ndim == 1 else None
+        where = "" if at is None else f" with {array[at]} at place {at}"
+        raise DataError(
+            f"{name}: {column!r} must be a list of integers; got {array.dtype} of shape {array.shape}{where}; tokenise "
+            "again"
+        )
+    if array.size and (array.min() < lowest or array.max() > _INT32_MAX):
+        wrong = (array > _INT32_MAX) | ((array < lowest) & (array != but))
+        if wrong.any():
+            value = int(array[np.argmax(wrong)])
+            why = (
+                f"and tokens are from 0{f', or {but} where the loss passes over' if but else ''}"
+                if -(2**31) <= value < 0
+                else "which does not fit int32"
+            )
+            raise DataError(f"{name}: {column!r} holds {value}, {why}; tokenise again")
     return array.astype(np.int32)
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, (float, np.floating)):
+        return bool(value == value // 1)
+    return isinstance(value, (int, np.integer)) and -(2**63) <= int(value) < 2**63
+
+
+def _digest(document: Any) -> str:
+    """What a document is known by: its tokens, or whatever is in their place."""
+    values = document.get("input_ids") if isinstance(document, Mapping) else document
+    try:
+        content = np.asarray(values, dtype=np.int64).tobytes()
+    except (ValueError, TypeError, OverflowError):  # it is refused when its turn comes
+        content = repr(values).encode("utf-8", "replace")
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _row(pieces: list[_Piece]) -> dict[str, Any]:
@@ -477,21 +586,19 @@ def _row(pieces: list[_Piece]) -> dict[str, Any]:
     }
 
 
-def _log_pass(number: int, report: dict[str, int], seq_len: int) -> None:
+def _log_pass(number: int, report: dict[str, Any], seq_len: int) -> None:
     full = report["tokens"] / max(1, report["rows"] * seq_len)
     logger.info(
         "lane %d: %d documents in %d rows, %.2f%% full", number, report["documents"], report["rows"], 100 * full
     )
-    if report.get("without supervision"):
-        logger.warning(
-            "lane %d: %d documents, or pieces of them, have no supervised token: they take room and train nothing",
-            number, report["without supervision"],
-        )  # fmt: skip
     if report["tokens lost"]:
         logger.warning(
             "lane %d: %d documents longer than a row lost %d tokens",
             number, report["longer than a row"], report["tokens lost"],
         )  # fmt: skip
+    if report["cut bare"]:
+        said = cut_bare_message(report["first cut bare"], report["cut bare"], seq_len)
+        logger.warning('lane %d: %s; raise seq_len, or choose overflow="split"', number, said)
 
 
 def _has_shuffle_buffer(source: Any) -> bool:

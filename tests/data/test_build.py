@@ -321,11 +321,3 @@ def test_the_manifest_names_a_tokenizer_that_is_found_from_anywhere(source, tmp_
     monkeypatch.chdir(folder.parent)
     manifest = pack(source, tmp_path / "out", load_tokenizer(folder.name))
     assert manifest.tokenizer == str(folder.resolve())
-
-
-def test_duplicate_ids_that_are_not_equal_to_themselves_or_not_there(tmp_path):
-    twice = write(tmp_path / "nan.jsonl", [{"id": float("nan"), "text": "a"}, {"id": float("nan"), "text": "b"}])
-    with pytest.raises(DataError, match=r"nan\.jsonl:2: 'id' is nan, as in .*nan\.jsonl:1"):
-        list(read_documents("jsonl", str(twice), on_duplicate="error"))
-    with pytest.raises(DataError, match=r"none of 2 records has a field 'idd'.*--id-field"):
-        list(read_documents("jsonl", str(twice), on_duplicate="error", id_field="idd"))

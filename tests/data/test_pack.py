@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from packflex import pack_dataset
 from packflex.data.collate import PackedCollator, PaddedCollator
-from packflex.data.pack import plan_dataset
+from packflex.data.errors import DataError
+from packflex.data.pack import plan_dataset, unsupervised_documents
+from packflex.data.supervision import documents_cut_bare, supervised_in_pieces
 from packflex.packing import best_fit
 
 
@@ -146,36 +149,131 @@ def test_padded_documents_are_refused():
     assert pack_dataset(Dataset.from_dict(whole), 8, seed=None)["lengths"] == [[5, 2]]
 
 
+UNSIGNED = Dataset(pa.table({"input_ids": pa.array([[1], [2**63 + 5]], pa.list_(pa.uint64()))}))
+
+
 @pytest.mark.parametrize(
-    ("ids", "labels", "message"),
+    ("dataset", "error", "message"),
     [
-        ([[1, 2], [3, 2**31]], None, "document 1: input_ids holds 2147483648; token ids go from 0 to 2147483647"),
-        ([[1, 2], [3, -1]], None, "document 1: input_ids holds -1; token ids go from 0"),
-        ([[1, 2], [3, 4]], [[1, 2], [3, 2**40]], "document 1: labels holds 1099511627776"),
+        (
+            Dataset.from_dict({"input_ids": [[1.0, 2.0], [3.0, 4.5]]}),
+            TypeError,
+            "document 1: 'input_ids' holds 4.5 at place 1 .*lists of double\\); tokenise again, or cast",
+        ),
+        (
+            Dataset.from_dict({"input_ids": [[1.0], [2.0, float("nan")]], "source": ["a.jsonl:1", "a.jsonl:2"]}),
+            TypeError,
+            "a.jsonl:2: 'input_ids' holds nan at place 1 .*tokenise again",
+        ),
+        (
+            Dataset.from_dict({"input_ids": [[1.0, 2.0]]}),
+            TypeError,
+            "document 0: 'input_ids' holds 1.0 at place 0 .*cast the column to int32",
+        ),
+        (
+            Dataset.from_dict({"input_ids": [[1], [2, 3], [4, None]]}),
+            TypeError,
+            "document 2: 'input_ids' holds null at place 1 .*int32 with nulls\\); tokenise again",
+        ),
+        (
+            Dataset.from_dict({"input_ids": [[[1], [2, 3]]]}),
+            TypeError,
+            "document 0: 'input_ids' holds \\[1\\] at place 0 .*tokenise again",
+        ),
+        (Dataset.from_dict({"input_ids": [7, 8]}), TypeError, "document 0: 'input_ids' must be a list .*got 7 "),
+        (
+            Dataset.from_dict({"input_ids": [[1, 2], [3, 2**31]]}),
+            ValueError,
+            "document 1: 'input_ids' holds 2147483648, and tokens are from 0 to 2147483647 .int32.; tokenise again",
+        ),
+        (
+            Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "labels": [[1, 2**40], [3, 4]]}),
+            ValueError,
+            "document 0: 'labels' holds 1099511627776, .*or -100 where the loss passes over; tokenise again",
+        ),
+        (
+            Dataset.from_dict({"input_ids": [[1], [2, -1]], "source": ["a.jsonl:3", "a.jsonl:9"]}),
+            ValueError,
+            "a.jsonl:9: 'input_ids' holds -1, and tokens are from 0",
+        ),
+        (
+            Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, -1]]}),
+            ValueError,
+            "document 0: 'labels' holds -1, .*or -100 where",
+        ),
+        (UNSIGNED, ValueError, "document 1: .* holds 9223372036854775813, "),
     ],
 )
-def test_numbers_that_are_no_token_ids(ids, labels, message):
-    columns = {"input_ids": ids} | ({} if labels is None else {"labels": labels})
-    with pytest.raises(ValueError, match=message):
-        pack_dataset(Dataset.from_dict(columns), 8)
+def test_bad_tokens_are_named_with_the_remedy(dataset, error, message):
+    with pytest.raises(error, match=message):
+        pack_dataset(dataset, 8, seed=None)
 
 
-def test_missing_and_fractional_tokens():
-    with pytest.raises(TypeError, match=r"document 1: 'input_ids' has a missing token \(null\)"):
-        pack_dataset(Dataset.from_dict({"input_ids": [[1, 2], [3, None]]}), 8)
-    with pytest.raises(TypeError, match=r"lists of double\. Look for documents with NaN .* dataset\.cast_column"):
-        pack_dataset(Dataset.from_dict({"input_ids": [[1.0, float("nan")]]}), 8)
-    whole = Dataset.from_dict({"input_ids": [[1, 2], [3, 4], [5, 2**31]]})
-    assert pack_dataset(whole.select(range(2)), 8, seed=None)["lengths"] == [[2, 2]], "the third is not among them"
+def test_what_lies_outside_a_slice_does_not_count():
+    table = pa.table({"input_ids": pa.array([[1, 2], [3, None], [4, 5, 6], [7]], pa.list_(pa.int64()))})
+    documents = Dataset(table.slice(2))
+    assert pack_dataset(documents, 8, seed=None).to_list() == [
+        {"input_ids": [4, 5, 6, 7], "labels": [-100, 5, 6, -100], "lengths": [3, 1]}
+    ]
+    with pytest.raises(TypeError, match="document 0: 'input_ids' holds null at place 1"):
+        pack_dataset(Dataset(table.slice(1)), 8)
 
 
-def test_documents_whose_supervision_is_cut_off_are_reported(caplog):
-    prompts = [[1, 2, 3, 4, 5, 6]] * 3
-    labels = [[-100, 2, 3, 4, 5, 6], [-100] * 5 + [6], [-100] * 5 + [6]]
-    documents = Dataset.from_dict({"input_ids": prompts, "labels": labels})
-    with caplog.at_level("WARNING", logger="packflex.data.pack"):
-        pack_dataset(documents, 4, overflow="truncate")
-        assert "2 documents, or pieces of them, have no supervised token in their row, document 1 first" in caplog.text
-        caplog.clear()
-        pack_dataset(documents, 8)
-        assert not caplog.text
+def test_too_long_documents_are_named():
+    documents = Dataset.from_dict({"input_ids": [[1], [2] * 9, [3] * 12], "source": ["a:1", "a:5", "a:6"]})
+    with pytest.raises(DataError, match=r"a:5: 9 tokens, more than seq_len=8 \(2 such documents\); choose"):
+        plan_dataset(documents, 8, overflow="error")
+    with pytest.raises(DataError, match=r"document 1: 9 tokens"):
+        pack_dataset(documents.remove_columns("source"), 8, overflow="error")
+    assert pack_dataset(documents.select([0]), 8, overflow="error")["lengths"][:] == [[1]]
+
+
+def test_documents_whose_supervision_is_all_cut_are_reported(caplog):
+    labels = [[-100] * 8 + [9, 9], [-100, 2, 3], [-100] * 7 + [5] + [-100] * 3, [-100] * 10, [-100] * 8 + [9, -100]]
+    columns = {"input_ids": [[7] * len(given) for given in labels], "labels": labels}
+    documents = Dataset.from_dict({**columns, "source": [f"a.jsonl:{i + 1}" for i in range(5)]})
+    pack_dataset(documents, 8, overflow="truncate")
+    assert "a.jsonl:1: rows of 8 tokens cut off every supervised token (2 such documents)" in caplog.text
+    assert 'raise seq_len, choose overflow="split"' in caplog.text
+    caplog.clear()
+    packed = pack_dataset(documents, 8, overflow="split")  # the token of the last becomes a piece's first
+    assert "a.jsonl:5: rows of 8 tokens cut off every supervised token" in caplog.text
+    assert any(9 in labels for labels in packed["labels"])
+    caplog.clear()
+    pack_dataset(documents.select([1, 2, 3]), 8, overflow="truncate")
+    pack_dataset(documents, 8, overflow="drop")
+    assert "supervised" not in caplog.text, "nothing was cut off, or the document is not there any more"
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.sampled_from(["best_fit", "next_fit", "wrapped"]), st.booleans())
+def test_cut_supervision_is_what_a_plain_count_finds(data, strategy, truncate):
+    labels = data.draw(st.lists(st.lists(st.sampled_from([-100, 5]), min_size=1, max_size=14), min_size=1, max_size=9))
+    labels = [[-100, *row[1:]] for row in labels]
+    documents = Dataset.from_dict({"input_ids": [[7] * len(row) for row in labels], "labels": labels})
+    overflow = "truncate" if truncate and strategy != "wrapped" else "split"
+    plan = plan_dataset(documents, 4, strategy, overflow)
+    left = dict.fromkeys(range(len(labels)), 0)
+    for i, start, size in zip(plan.document_indices, plan.piece_starts, plan.piece_lengths, strict=True):
+        left[int(i)] += sum(label != -100 for label in labels[i][start + 1 : start + size])
+    expected = [i for i, count in left.items() if not count and any(label != -100 for label in labels[i])]
+    assert unsupervised_documents(documents, plan).tolist() == expected
+
+
+def test_cut_supervision_in_blocks(monkeypatch):
+    from packflex.data import supervision
+
+    lengths = np.array([9, 30, 3, 11, 50])
+    plan = best_fit(lengths, 8, overflow="truncate", seed=None)
+    asked = []
+
+    def is_supervised(documents, starts, sizes):
+        asked.append(int(sizes.sum()))
+        return np.concatenate([np.arange(a, a + n) > 8 + d for d, a, n in zip(documents, starts, sizes, strict=True)])
+
+    for size in (1, 20, 1000):
+        monkeypatch.setattr(supervision, "_TOKENS_AT_ONCE", size)
+        asked.clear()
+        assert documents_cut_bare(plan, lengths, is_supervised).tolist() == [1, 4]
+        assert len(asked) == {1: 8, 20: 5, 1000: 2}[size]
+    assert supervised_in_pieces(np.array([True] * 5), np.array([1, 3, 1])).tolist() == [0, 2, 0]

@@ -163,16 +163,30 @@ def test_documents_longer_than_a_row(caplog):
         ({"input_ids": []}, "the document is empty"),
         ({"input_ids": [1.0, float("nan")]}, "'input_ids' must be a list of integers; got float64"),
         ({"input_ids": [[1], [2]]}, r"list of integers; got int64 of shape \(2, 1\)"),
-        ({"input_ids": [[1], [2, 3]]}, "got nested lists of unlike lengths"),
-        ({"input_ids": [1, -2]}, "'input_ids' holds -2; token ids are 0 or more"),
-        ({"input_ids": [1, 0], "attention_mask": [1, 0]}, "the document is padded"),
         ({"input_ids": [1, 2**31]}, "holds 2147483648, which does not fit int32"),
         ({"input_ids": [1, 2], "labels": [1]}, "input_ids has 2 tokens and labels 1"),
         ({"input_ids": [1], "labels": [1], "loss_mask": [1]}, "has labels and loss_mask; keep the one"),
+        ({"input_ids": [[1], [2, 3]]}, r"'input_ids' must be a list of integers; got lists of several len.*; tokenise"),
+        ({"input_ids": [1.0, 2.5]}, r"got float64 of shape \(2,\) with 2\.5 at place 1; tokenise again"),
+        ({"input_ids": [1.0, float("nan")]}, "with nan at place 1; tokenise again"),
+        ({"input_ids": [1, None]}, "got object .* with None at place 1; tokenise again"),
+        ({"input_ids": [1, 2**70]}, "got object .* with 1180591620717411303424 at place 1"),
+        ({"input_ids": ["a"]}, "with a at place 0; tokenise again"),
+        ({"input_ids": None}, "'input_ids' must be a list of integers; got object"),
+        ({"input_ids": [3, -1]}, "'input_ids' holds -1, and tokens are from 0; tokenise again"),
+        ({"input_ids": [3, -(2**40)]}, "holds -1099511627776, which does not fit int32; tokenise again"),
+        ({"input_ids": np.array([2**63 + 5], np.uint64)}, "holds 9223372036854775813, which does not fit int32"),
+        (
+            {"input_ids": [3, 4], "labels": [-100, -1]},
+            "'labels' holds -1, .*from 0, or -100 where the loss passes over",
+        ),
+        ({"input_ids": [3, 4], "labels": [3, 2**31]}, "'labels' holds 2147483648, which does not fit int32"),
+        ({"input_ids": [3, 4], "labels": None}, "'labels' is missing .null.; remove the document or tokenise it again"),
+        ({"input_ids": [3, 0], "attention_mask": [1, 0]}, "is padded .its attention_mask has zeros.: tokenise without"),
     ],
 )
 def test_bad_documents_are_named(document, message):
-    with pytest.raises(DataError, match=f"train:7: .*{message}"):
+    with pytest.raises(DataError, match=f"train:7:? .*{message}"):
         list(make([{"input_ids": [1]}, {**document, "source": "train:7"}]))
 
 
@@ -192,10 +206,6 @@ def test_bad_arguments_and_states():
     state = make(lanes=2).state_dict()
     with pytest.raises(ValueError, match="stream had batch_size=2, this one has 3"):
         make(batch_size=3).load_state_dict(state)
-    with pytest.raises(ValueError, match="stream had pool=8, this one has 9"):
-        make(lanes=2, pool=9).load_state_dict(state)
-    with pytest.raises(ValueError, match="has 2 lanes, and 4 ranks would leave some without documents"):
-        make(world_size=4, num_batches=3).load_state_dict(state)
     alone = make(lanes=2, rank=0, world_size=2).state_dict()
     with pytest.raises(ValueError, match=r"lacks lanes \[1\] of 2: its state was taken on one rank alone"):
         make(lanes=2).load_state_dict(alone)
@@ -215,19 +225,86 @@ def test_the_state_survives_a_checkpoint_that_is_read_as_weights_only(tmp_path):
     assert [documents_of(b) for b in resumed] == rest
 
 
-def test_a_stream_that_gives_nothing():
-    with pytest.raises(DataError, match="the stream gave no document in a whole pass"):
-        list(make([], num_batches=3))
+def test_a_whole_attention_mask_and_a_document_that_is_none():
+    (batch,) = make([{"input_ids": [3, 4], "attention_mask": [1, 1]}], batch_size=1)
+    assert batch["labels"][0, :2].tolist() == [-100, 4]
     with pytest.raises(
-        DataError, match="document 0 of lane 0: a document must be a mapping with 'input_ids'; got list"
+        DataError, match="document 1 of lane 0: a list, and a document must be a mapping with 'input_id"
     ):
-        list(make([[1, 2]]))
+        list(make([{"input_ids": [1]}, [1, 2]]))
 
 
-def test_documents_without_supervision_are_reported(caplog):
-    documents = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4] * 20, "labels": [-100] * 19 + [4]}]
-    with caplog.at_level(logging.WARNING, logger="packflex.data.stream"):
-        list(make(documents[:1]))
-        assert not caplog.text
-        list(make(documents, overflow="truncate"))
-    assert "lane 0: 1 documents, or pieces of them, have no supervised token" in caplog.text
+def test_documents_whose_supervision_is_all_cut_are_reported(caplog):
+    documents = [
+        {"input_ids": [7] * 20, "labels": [-100] * 18 + [7, 7], "source": "a:1"},
+        {"input_ids": [7] * 20, "labels": [-100] * 15 + [7] * 5, "source": "a:2"},
+        {"input_ids": [7] * 20, "labels": [-100] * 16 + [7] + [-100] * 3, "source": "a:3"},
+        {"input_ids": [7] * 20, "labels": [-100] * 20, "source": "a:4"},
+    ]
+    list(make(documents, overflow="truncate"))
+    assert "lane 0: a:1: rows of 16 tokens cut off every supervised token (2 such documents); raise" in caplog.text
+    caplog.clear()
+    list(make(documents, overflow="split"))
+    assert "lane 0: a:3: rows of 16 tokens cut off every supervised token (1 such documents)" in caplog.text
+    caplog.clear()
+    list(make(documents[:2], overflow="split"))
+    list(make([*documents, {"input_ids": [1, 2]}], overflow="drop"))
+    assert "supervised" not in caplog.text
+
+
+class Empty:
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize("num_batches", [None, 3])
+def test_a_source_without_documents_is_refused(num_batches, caplog):
+    for options in ({}, {"lanes": 3}):
+        with pytest.raises(DataError, match="source gives no document; check its files"):
+            list(make(Empty(), num_batches=num_batches, **options))
+    with pytest.raises(DataError, match=r'all 2 documents .* longer than seq_len=16, and overflow="drop" leaves none'):
+        list(make([{"input_ids": [1] * 17}] * 2, num_batches=num_batches, overflow="drop"))
+    if num_batches:
+        one = make([{"input_ids": [1] * 3}], num_batches=3, rank=1, world_size=2)
+        assert [documents_of(batch) for batch in one] == [[], [], []]
+        assert "rank 1 has no documents: its batches count for nothing" in caplog.text
+
+
+def test_a_state_is_refused_by_another_stream():
+    def state(**options):
+        stream = make(**options)
+        iterator = iter(stream)
+        for _ in range(4):
+            next(iterator)
+        return stream.state_dict()
+
+    first = state(lanes=2, num_batches=9)
+    for options, message in [
+        ({"pool": 20}, "stream had pool=8, this one has 20; resume with the same, or start a new run"),
+        ({"lanes": 3}, "stream had lanes=2, this one has 3"),
+        ({"overflow": "drop"}, "stream had overflow=split, this one has drop"),
+        ({"documents": source(shards=5)}, "stream had num_shards=3, this one has 5"),
+        ({"world_size": 4}, "has 2 lanes, fewer than world_size=4, so that ranks would go empty; resume on at most 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make(**{"num_batches": 9, **options}).load_state_dict(first)
+    make(num_batches=9, num_workers=3).load_state_dict(first)  # the lanes that were, unless others are asked for
+
+    other = Dataset.from_dict({"input_ids": [*DOCUMENTS["input_ids"][:3], *[[99]] * 147]})
+    for documents, at in ((other.to_iterable_dataset(num_shards=3), 3), (source().shuffle(seed=1, buffer_size=50), 0)):
+        with pytest.raises(
+            DataError, match=f"document {at} of lane 0 is not the one that the checkpoint's stream read"
+        ):
+            make(documents, lanes=2, num_batches=9).load_state_dict(first)
+    listed = DOCUMENTS.to_list()
+    with pytest.raises(
+        DataError, match="document 1 of lane 0 is not the one that the checkpoint's stream read: resume"
+    ):
+        make([listed[0], *listed[2:]]).load_state_dict(state(documents=listed))
+    with pytest.raises(DataError, match="document 2 of lane 0 is not the one"):
+        make(listed[:2]).load_state_dict(state(documents=listed, lanes=2))
+
+    named = state(fingerprint="corpus 1")
+    with pytest.raises(ValueError, match="stream had fingerprint=corpus 1, this one has corpus 2"):
+        make(fingerprint="corpus 2").load_state_dict(named)
+    make().load_state_dict(named)

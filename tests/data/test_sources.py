@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from datasets import Dataset, DatasetDict, disable_progress_bars
 
 from packflex.data import sources
 from packflex.data.errors import DataError
-from packflex.data.sources import guess_kind, load_documents
+from packflex.data.sources import guess_kind, load_documents, read_documents
 from packflex.data.stdlib_corpus import read_stdlib
 
 disable_progress_bars()
@@ -214,6 +215,46 @@ def test_arrow_file_stream_and_saved_data_set(tmp_path):
         load_documents("arrow", tmp_path / "splits")
 
 
+def arrow_stream(path, batches=4):
+    """A stream of ten rows a batch, and where each batch ends."""
+    schema, ends = pa.schema({"text": pa.string()}), []
+    with path.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for batch in range(batches):
+            writer.write_batch(pa.record_batch({"text": [f"{batch} {i}" for i in range(10)]}, schema))
+            ends.append(file.tell())
+    return ends
+
+
+def test_an_arrow_stream_that_is_cut_anywhere_is_refused(tmp_path):
+    ends = arrow_stream(tmp_path / "whole.arrow")
+    content = (tmp_path / "whole.arrow").read_bytes()
+    assert len(load_documents("arrow", tmp_path / "whole.arrow")) == 40
+    cut = tmp_path / "cut.arrow"
+    for end, rows in ((ends[1], 20), (ends[3], 40)):
+        cut.write_bytes(content[:end])
+        with pytest.raises(DataError, match=rf"cut\.arrow: cut short after {rows} rows: .*write the file again"):
+            load_documents("arrow", cut)
+    for end in (ends[1] - 8, len(content) - 4, len(content) - 1):
+        cut.write_bytes(content[:end])
+        with pytest.raises(DataError, match=r"cut\.arrow: not an Arrow file"):
+            load_documents("arrow", cut)
+    cut.write_bytes(content[:-8] + b"\0\0\0\0")
+    assert len(load_documents("arrow", cut)) == 40, "the end that Arrow wrote before 0.15"
+    arrow_stream(tmp_path / "none.arrow", batches=0)
+    with pytest.raises(DataError, match=r"none\.arrow: the file has no rows"):
+        load_documents("arrow", tmp_path / "none.arrow")
+
+
+def test_a_saved_data_set_that_is_cut_between_batches_is_refused(tmp_path):
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("data-*.arrow")
+    ends = arrow_stream(file)
+    assert len(load_documents("arrow", tmp_path / "saved")) == 40
+    file.write_bytes(file.read_bytes()[: ends[1]])
+    with pytest.raises(DataError, match=rf"{file.name}: cut short after 20 rows"):
+        load_documents("arrow", tmp_path / "saved")
+
+
 def test_gsm8k_from_a_file(tmp_path):
     file = jsonl(tmp_path / "train.jsonl", [{"question": "1+1?", "answer": "1+1 = 2\n#### 2"}])
     assert load_documents("gsm8k", file).to_list() == [
@@ -294,29 +335,62 @@ def test_hub_records_go_through_the_same_checks(monkeypatch):
         load_documents("hub", "some/data", split="x")
 
 
-def test_an_arrow_stream_without_its_end_is_refused(tmp_path):
-    """Cut between two batches, every batch of it is whole."""
-    table = pa.table({"text": [f"text {i}" for i in range(20)]})
-    path = tmp_path / "all.arrow"
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=10)
-        first = sink.tell()
-    assert len(load_documents("arrow", str(path))) == 20
-    whole = path.read_bytes()
-    assert first == len(whole) - 8, "the end is eight bytes"
-    path.write_bytes(whole[:-8])
-    with pytest.raises(DataError, match=r"all\.arrow: not an Arrow file \(the stream has no end: the file was cut off"):
-        load_documents("arrow", str(path))
+TWICE = [{"id": i, "text": "t"} for i in (1, 2, None, 1, 3, None, 2, 1)]
 
 
-def test_a_document_too_long_for_arrow_is_named(tmp_path, monkeypatch):
-    path = tmp_path / "long.jsonl"
-    path.write_text("".join(json.dumps({"text": "a" * n}) + "\n" for n in (3, 50, 7)))
+def test_ids_that_come_twice_are_reported_by_default(tmp_path, caplog):
+    file = jsonl(tmp_path / "a.jsonl", TWICE)
+    assert len(load_documents("jsonl", file)) == 8
+    assert re.search(
+        r"3 records have an id that came before and are kept; the first is .*a\.jsonl:4: 'id' is 1, as in "
+        r".*a\.jsonl:1; remove one, keep the first with on_duplicate='drop'",
+        caplog.text,
+    )
+    caplog.clear()
+    assert len(load_documents("jsonl", file, limit=3)) == 3
+    assert len(load_documents("jsonl", file, on_duplicate="keep")) == 8
+    jsonl(file, [{"text": "a"}, {"text": "a"}, {"id": float("nan"), "text": "b"}, {"id": float("nan"), "text": "c"}])
+    assert len(load_documents("jsonl", file)) == 4
+    assert not caplog.records, "none of these has an id that came before"
+    jsonl(file, [{"uid": "x", "text": "a"}, {"uid": "x", "text": "a"}])
+    load_documents("jsonl", file, id_field="uid")
+    assert "1 records have an id that came before" in caplog.text
 
-    def overflow(*args):
-        raise pa.ArrowCapacityError("array cannot contain more than 2147483646 bytes")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pa, "array", overflow)
-        with pytest.raises(DataError, match=r"long\.jsonl:2: 'text' has 50 characters, and a document may have 2 GiB"):
-            load_documents("jsonl", str(path))
+@pytest.mark.parametrize("options", [{"on_duplicate": "error"}, {"on_duplicate": "drop"}, {}])
+def test_an_id_field_that_no_record_has_is_refused(tmp_path, options):
+    file = jsonl(tmp_path / "a.jsonl", TWICE)
+    with pytest.raises(DataError, match=r"none of the 8 records has the field 'idd', .*id_field .--id-field."):
+        load_documents("jsonl", file, id_field="idd", **options)
+    with pytest.raises(DataError, match="none of the 2 records has the field 'idd'"):
+        load_documents("jsonl", file, id_field="idd", limit=2, **options)
+    with pytest.raises(ValueError, match="kind 'stdlib' have no ids"):
+        load_documents("stdlib", id_field="idd", **options)
+
+
+@pytest.mark.parametrize("on_duplicate", ["error", "drop"])
+def test_ids_that_are_nan_are_refused_where_ids_count(tmp_path, on_duplicate):
+    file = jsonl(tmp_path / "a.jsonl", [{"id": 1, "text": "a"}, *[{"id": float("nan"), "text": "b"}] * 2])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: 'id' is NaN, which names no record; give it an id, or null"):
+        load_documents("jsonl", file, on_duplicate=on_duplicate)
+    jsonl(file, [{"id": [float("nan")], "text": "b"}] * 2)  # unlike itself, and the same text
+    if on_duplicate == "error":
+        with pytest.raises(DataError, match=r"a\.jsonl:2: 'id' is \[nan\], as in .*a\.jsonl:1; remove one"):
+            load_documents("jsonl", file, on_duplicate=on_duplicate)
+    else:
+        assert len(load_documents("jsonl", file, on_duplicate=on_duplicate)) == 1
+
+
+def test_limit_counts_records_that_are_kept(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", [*TWICE, {"id": 9}])
+    ids = [d["source"].rpartition(":")[2] for d in read_documents("jsonl", file, on_duplicate="drop", limit=5)]
+    assert ids == ["1", "2", "3", "5", "6"]
+
+
+def test_a_text_that_is_too_long_for_arrow_is_named(tmp_path, monkeypatch):
+    file = jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "\u00e4" * 60}, {"text": "b"}])
+    monkeypatch.setattr(sources, "_MAX_TEXT_BYTES", 120)
+    assert len(load_documents("jsonl", file)) == 3
+    monkeypatch.setattr(sources, "_MAX_TEXT_BYTES", 119)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: 'text' is 120 bytes long, and a text may have 119; cut it into"):
+        load_documents("jsonl", file)

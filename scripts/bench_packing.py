@@ -158,7 +158,7 @@ def measure_order(lengths: np.ndarray, seq_len: int, token_cost: float) -> list[
             if plan.num_rows < 4 * ranks * batch:
                 continue
             shuffled = EpochOrder(row_order(plan.num_rows, 0, 0), batch, ranks)
-            balanced = EpochOrder(balanced_order(costs, batch * ranks, 0, 0), batch, ranks)
+            balanced = EpochOrder(balanced_order(costs, batch * ranks, 0, 0, ranks), batch, ranks)
             before, after = rank_imbalance(costs, shuffled), rank_imbalance(costs, balanced)
             results.append({"ranks": ranks, "batch_size": batch, "shuffle": before, "balanced": after})
             print(f"{ranks:>4} ranks x {batch} rows: shuffle {before:.3f}, balanced {after:.4f}", flush=True)

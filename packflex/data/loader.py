@@ -16,6 +16,7 @@ from packflex.packing.order import EpochOrder, balanced_order, row_costs, row_or
 
 logger = logging.getLogger(__name__)
 
+_SAMPLED_ROWS = 64
 ORDERS = ("shuffle", "balanced", "sequential")
 
 
@@ -71,15 +72,18 @@ class PackedLoader:
         self.rows, self.collate, self.batch_size = rows, collate, batch_size
         self.rank, self.world_size, self.order, self.seed = rank, world_size, order, seed
         self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.token_cost = token_cost
         self._costs = _costs(rows, token_cost) if order == "balanced" else None
+        self._data: str | None = None
         self._group = batch_size * world_size  # rows of a step when the epoch began
-        self.epoch = 0  # that of the next batch
+        self._ranks: int | None = world_size  # that they were dealt out to; not known of older states
+        self.epoch = 0
         self._consumed = 0  # rows of the epoch delivered, over all ranks
         self._delivered = 0  # batches of the epoch delivered to this rank
         self._begun = (0, 0)  # the two before, when this part of the epoch began
         self._started = False
         self._resuming = False
-        self._digest_made: str | None = None
+        self._told: int | None = None  # the length, when somebody asked for it
 
     @property
     def dataset(self) -> Any:
@@ -88,9 +92,13 @@ class PackedLoader:
 
     def __len__(self) -> int:
         """Batches of an epoch on each rank; in a resumed epoch, those before the resume and those after it."""
-        if self._started and not self._resuming and self._consumed >= len(self.rows):
-            return self._steps_after(0)  # that epoch is over, and this is the next one's length
-        return self._begun[1] + self._steps_after(self._begun[0])
+        self._told = self._length()
+        return self._told
+
+    @property
+    def length_changes(self) -> bool:
+        """Whether the epoch after this one has another length, as after a resume on another number of ranks."""
+        return self._length() != self._steps_after(0)
 
     def __iter__(self) -> Iterator[Any]:
         """Batches of one epoch, or of what is left of it after `load_state_dict`."""
@@ -99,7 +107,7 @@ class PackedLoader:
         else:
             if self._started:
                 self.epoch += 1
-            self._group = self.batch_size * self.world_size
+            self._group, self._ranks = self.batch_size * self.world_size, self.world_size
             self._consumed = self._delivered = 0
         self._begun = (self._consumed, self._delivered)
         self._started = True
@@ -123,11 +131,6 @@ class PackedLoader:
             self._delivered += 1
             yield batch
 
-    @property
-    def regrouped(self) -> bool:
-        """Whether the epoch goes on with another number of rows a step, so that its length is one of its own."""
-        return self._started and self._begun[1] > 0 and self._group != self.batch_size * self.world_size
-
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration the given epoch, unless a state was just loaded."""
         if not self._resuming:
@@ -140,10 +143,8 @@ class PackedLoader:
             "consumed": self._consumed,
             "delivered": self._delivered,
             "group": self._group,
-            "num_rows": len(self.rows),
-            "rows": self._digest(),
-            "order": self.order,
-            "seed": self.seed,
+            "ranks": self._ranks,
+            **self._identity(),
             "started": self._started,
         }
 
@@ -151,30 +152,49 @@ class PackedLoader:
         """Go on after the last batch delivered when the state was taken.
 
         Raises:
-            ValueError: a state of other rows, order, costs or seed: its rows would not be the ones left.
+            ValueError: a state of other rows, or of another order, seed or (balanced) token_cost; or a length that
+                was read before and is another one now, as on another number of ranks.
         """
-        mine = {"num_rows": len(self.rows), "order": self.order, "seed": self.seed}
-        if "rows" in state:  # not in those of before
-            mine["rows"] = self._digest()
-        for name, value in mine.items():
-            if state[name] != value:
+        for name, value in self._identity().items():
+            if state.get(name, value) != value:  # older states have no token_cost and rows
                 raise ValueError(
                     f"the checkpoint's loader had {name}={state[name]!r}, this one has {value!r}; resume with the same "
-                    "data, order and seed, or start a new run from the weights"
+                    "data, packing, order and seed, or start a new run from the weights"
                 )
         self.epoch, self._consumed, self._delivered = state["epoch"], state["consumed"], state["delivered"]
-        self._group, self._started = state["group"], state["started"]
+        self._group, self._ranks, self._started = state["group"], state.get("ranks"), state["started"]
         # an epoch that was over goes on with the next one
         self._resuming = self._started and self._consumed < len(self.rows)
-        if self._resuming:
-            self._begun = (self._consumed, self._delivered)
+        self._begun = (self._consumed, self._delivered) if self._resuming else (0, 0)
+        if self._told not in (None, self._length()):
+            raise ValueError(
+                f"the resumed epoch has {self._length()} batches, {self._delivered} before and the rest on "
+                f"{self.world_size} ranks of {self.batch_size} rows, but len() was read as {self._told} before the "
+                "state was loaded, and whoever read it would end epochs early; load the state first: use "
+                "PackedDataModule, or call packflex.integrations.lightning.resume_loader(loader, ckpt_path) before "
+                "trainer.fit"
+            )
 
-    def _digest(self) -> str:
-        """Of the rows' lengths, and where they decide the order of the rows' costs: other rows have another."""
-        if self._digest_made is None:
-            parts = [*_lengths(self.rows), *([] if self._costs is None else [self._costs])]
-            self._digest_made = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
-        return self._digest_made
+    @property
+    def is_within_epoch(self) -> bool:
+        """Whether the next iteration gives what is left of an epoch."""
+        return self._resuming
+
+    def leave_epoch(self) -> None:
+        """Go on with the next epoch after `load_state_dict`, whatever is left of this one."""
+        self._resuming, self._begun = False, (0, 0)
+
+    def _identity(self) -> dict[str, Any]:
+        """What the order of an epoch follows from: another one would repeat rows and leave others out."""
+        if self._data is None:
+            self._data = rows_fingerprint(self.rows)
+        mine = {"num_rows": len(self.rows), "order": self.order, "seed": self.seed, "rows": self._data}
+        return mine | ({"token_cost": self.token_cost} if self._costs is not None else {})
+
+    def _length(self) -> int:
+        is_over = self._started and not self._resuming and self._consumed >= len(self.rows)
+        consumed, delivered = (0, 0) if is_over else self._begun
+        return delivered + self._steps_after(consumed)
 
     def _steps_after(self, consumed: int) -> int:
         return -(-(len(self.rows) - consumed) // (self.batch_size * self.world_size))
@@ -183,8 +203,24 @@ class PackedLoader:
         if self.order == "sequential":
             return np.arange(len(self.rows))
         if self._costs is not None:
-            return balanced_order(self._costs, self._group, self.seed, self.epoch)
+            return balanced_order(self._costs, self._group, self.seed, self.epoch, self._ranks)
         return row_order(len(self.rows), self.seed, self.epoch)
+
+
+def rows_fingerprint(rows: Any) -> str:
+    """What tells packed rows from others, in 16 hexadecimal digits.
+
+    Of the lengths of all documents (of a `Dataset`, whose column is read in well under a second for a million rows),
+    and of the tokens and labels of 64 rows spread over all of them: reading the rest would take as long as an epoch.
+    """
+    digest = hashlib.sha256(str(len(rows)).encode())
+    if hasattr(rows, "with_format"):
+        for part in _lengths(rows):
+            digest.update(part.astype(np.int64).tobytes())
+    for at in np.unique(np.linspace(0, len(rows) - 1, _SAMPLED_ROWS).astype(np.int64)).tolist():
+        for name in ("lengths", "input_ids", "labels"):
+            digest.update(np.asarray(rows[at][name], dtype=np.int64).tobytes())
+    return digest.hexdigest()[:16]
 
 
 class _WithFillers(Dataset[Any]):
@@ -198,18 +234,19 @@ class _WithFillers(Dataset[Any]):
 
 
 def _lengths(rows: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of all documents and where each row ends; a `Dataset`'s are read as Arrow, a million rows in a second."""
+    """Lengths of all documents, and how many each row has; a `Dataset`'s are read as Arrow."""
     if hasattr(rows, "with_format"):
         column = rows.select_columns(["lengths"]).with_format("arrow")[:]["lengths"]
         lengths = column.combine_chunks() if hasattr(column, "combine_chunks") else column
         sizes = lengths.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-        return sizes, np.concatenate([[0], np.cumsum(lengths.value_lengths().to_numpy(zero_copy_only=False))])
+        return sizes, lengths.value_lengths().to_numpy(zero_copy_only=False)
     of_rows = [np.asarray(row["lengths"], dtype=np.int64) for row in rows]
-    return np.concatenate(of_rows), np.cumsum([0, *map(len, of_rows)])
+    return np.concatenate(of_rows), np.array([len(sizes) for sizes in of_rows])
 
 
 def _costs(rows: Any, token_cost: float) -> np.ndarray:
     """Cost of each row."""
-    sizes, ends = _lengths(rows)
+    sizes, counts = _lengths(rows)
+    ends = np.concatenate([[0], np.cumsum(counts)])
     tokens, squares = (np.concatenate([[0], np.cumsum(x)])[ends] for x in (sizes, sizes * sizes))
     return row_costs(np.diff(tokens), np.diff(squares), token_cost)

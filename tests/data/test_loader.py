@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packflex.data.collate import PackedCollator
-from packflex.data.loader import PackedLoader
+from packflex.data.loader import PackedLoader, _costs, rows_fingerprint
+from packflex.packing.order import balanced_order
 
 
 def rows_of(count):
@@ -99,6 +100,80 @@ def test_resume_on_another_number_of_ranks_sees_every_row_once(before, after, st
     assert sorted(i for i in seen if i) == list(range(1, 24))
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_any_kills_resumes_ranks_batch_sizes_and_seeds_see_every_row_once(data):
+    """Two kills in one epoch, each followed by another number of ranks and another batch size; then a whole epoch."""
+    rows = rows_of(data.draw(st.integers(1, 40), "rows"))
+    order = data.draw(st.sampled_from(["shuffle", "balanced", "sequential"]), "order")
+    options = {"order": order, "seed": data.draw(st.integers(0, 5), "seed")}
+    state, seen = None, []
+    for kill in (True, True, False):
+        world, batch_size = data.draw(st.integers(1, 4), "ranks"), data.draw(st.integers(1, 3), "batch size")
+        loaders = [make(rows, batch_size, rank=r, world_size=world, **options) for r in range(world)]
+        for loader in loaders:
+            if state is not None:
+                loader.load_state_dict(state)
+        left = len(loaders[0]) - (state["delivered"] if state else 0)
+        steps = data.draw(st.integers(0, left - 1), "steps") if kill else left
+        iterators = [iter(loader) for loader in loaders]
+        seen += [i for _ in range(steps) for iterator in iterators for i in ids(next(iterator)) if i]
+        if kill:
+            state = loaders[0].state_dict()
+            assert all(loader.state_dict() == state for loader in loaders)
+        else:
+            assert all(next(iterator, None) is None for iterator in iterators)
+    assert sorted(seen) == list(range(1, len(rows) + 1))
+    again = [i for loader in loaders for batch in loader for i in ids(batch) if i]
+    assert sorted(again) == list(range(1, len(rows) + 1))
+
+
+@settings(deadline=None, max_examples=3)
+@given(st.integers(0, 5), st.integers(0, 7), st.sampled_from([(0, 2), (2, 0), (1, 2)]))
+def test_workers_and_seeds_change_nothing_of_a_resume(seed, steps, workers):
+    whole = [ids(batch) for batch in make(seed=seed)]
+    loader = make(seed=seed, num_workers=workers[0])
+    iterator = iter(loader)
+    assert [ids(next(iterator)) for _ in range(steps)] == whole[:steps]
+    resumed = make(seed=seed, num_workers=workers[1])
+    resumed.load_state_dict(loader.state_dict())
+    assert [ids(batch) for batch in resumed] == whole[steps:]
+
+
+def test_an_older_balanced_state_goes_on_in_its_own_order():
+    """Before ranks were in it, the rows of a step were dealt out at random."""
+    loaders = [make(order="balanced", rank=r, world_size=2) for r in range(2)]
+    for loader in loaders:
+        loader.load_state_dict({**STATE_OF_BEFORE, "order": "balanced"})
+    rest = [i for loader in loaders for batch in loader for i in ids(batch) if i]
+    order = balanced_order(_costs(ROWS, 0.0), 4, 0, 0)
+    assert sorted(rest) == sorted((order[8:] + 1).tolist())
+
+
+STATE_OF_BEFORE = {
+    "epoch": 0, "consumed": 8, "delivered": 2, "group": 4, "num_rows": 23, "order": "shuffle", "seed": 0,
+    "started": True,
+}  # fmt: skip
+
+
+def other_rows():
+    """As many rows of the same lengths; one document, of a row in the middle, says something else."""
+    rows = ROWS.to_list()
+    rows[11]["input_ids"] = [99] * len(rows[11]["input_ids"])
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("order", ["shuffle", "sequential"])
+def test_a_state_of_other_rows_is_refused(order):
+    state = make(order=order).state_dict()
+    with pytest.raises(ValueError, match=r"loader had rows='\w{16}', this one has '\w{16}'; resume with the same data"):
+        make(other_rows(), order=order).load_state_dict(state)
+    with pytest.raises(ValueError, match="loader had rows="):
+        make(ROWS.select([*range(1, 23), 0]), order=order).load_state_dict(state)
+    assert rows_fingerprint(ROWS) == rows_fingerprint(Dataset.from_list(ROWS.to_list())), "of what they hold alone"
+    make(order=order).load_state_dict({name: value for name, value in state.items() if name != "rows"})  # an older one
+
+
 def test_bad_arguments_and_states():
     with pytest.raises(ValueError, match="at least one row"):
         make(rows_of(0))
@@ -127,7 +202,7 @@ def test_rows_that_fill_the_last_step_are_told(caplog):
 def test_a_state_of_other_rows_or_costs_is_refused():
     state = make(order="balanced", token_cost=10.0).state_dict()
     make(order="balanced", token_cost=10.0).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"loader had rows='\w{16}', this one has '\w{16}'; resume with the same data"):
+    with pytest.raises(ValueError, match=r"loader had token_cost=10\.0, this one has 20\.0; resume with the same data"):
         make(order="balanced", token_cost=20.0).load_state_dict(state)
     other = Dataset.from_dict(ROWS.to_dict() | {"lengths": [[1 + i % 3] for i in range(23)]})
     with pytest.raises(ValueError, match="loader had rows="):

@@ -89,3 +89,22 @@ def test_bad_arguments():
         balanced_order(np.ones(3), 0, 0, 0)
     with pytest.raises(ValueError, match="rank must be from 0 to 1; got 2"):
         EpochOrder(np.arange(3), 1, 2).rank_steps(2)
+
+
+def test_several_rows_a_rank_are_dealt_so_that_sums_are_alike():
+    """858 rows of long-tailed documents in steps of 256: neighbours in cost are far apart, sums of four are not."""
+    rng = np.random.default_rng(0)
+    costs = np.exp(rng.normal(0, 0.5, 858))
+
+    def imbalance(ranks):
+        return rank_imbalance(costs, EpochOrder(balanced_order(costs, 256, 0, 0, ranks), 4, 64))
+
+    assert imbalance(None) > 1.05
+    assert imbalance(64) < 1.02
+    order = balanced_order(costs, 256, 0, 0, 64)
+    assert sorted(order.tolist()) == list(range(858))
+    assert (balanced_order(costs, 64, 3, 1, 64) == balanced_order(costs, 64, 3, 1)).all(), "one row a rank: as before"
+    most = [np.argmax(costs[order[step : step + 256]].reshape(4, 64).sum(0)) for step in (0, 256, 512)]
+    assert len(set(most)) > 1, "not the same rank each time"
+    with pytest.raises(ValueError, match="ranks must divide the 256 rows of a step; got 3"):
+        balanced_order(costs, 256, 0, 0, 3)

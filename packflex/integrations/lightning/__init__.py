@@ -6,6 +6,7 @@ from packflex.integrations.lightning.datamodule import PackedDataModule
 from packflex.integrations.lightning.guard import NonFiniteLossError, NonFiniteLossGuard
 from packflex.integrations.lightning.module import CausalLMModule
 from packflex.integrations.lightning.profile import ProfileSteps
+from packflex.integrations.lightning.resume import resume_loader
 from packflex.integrations.lightning.signals import SaveOnSignal
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "PackedDataModule",
     "ProfileSteps",
     "SaveOnSignal",
+    "resume_loader",
 ]

@@ -8,9 +8,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from packflex.data.loader import PackedLoader
+from packflex.data.stream import PackedStream
 from packflex.integrations.lightning.datamodule import PackedDataModule
+from packflex.integrations.lightning.resume import LengthReader, loader_states, reopen_epoch
 from packflex.integrations.lightning.shapes import attention_shape
 from packflex.integrations.transformers import enable_packflex, transformers_models
 from packflex.layout import PackedLayout
@@ -66,6 +69,9 @@ class PackFlexCallback(L.Callback):
         self._windows: set[int | None] = {None}
         self._attention: AttentionShape | None = None
         self._parameters = 0
+        self._loader_states: list[dict[str, Any]] = []
+        self._length_reader = LengthReader()
+        self._loader: Any = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Switch the attention of every transformers model inside the module."""
@@ -81,26 +87,36 @@ class PackFlexCallback(L.Callback):
         self._attention = None if self._model is None else attention_shape(self._model)
         self._windows = {None} if self._attention is None else set(self._attention.windows)
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on in the middle of an epoch that `max_steps` ended, instead of after it."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            reopen_epoch(checkpoint)
+            self._loader_states = loader_states(checkpoint)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the weights, once they exist, and refuse to resume an epoch that Lightning would cut short."""
+        """Count the weights, once they exist, and see to it that a resumed loader and Lightning count alike."""
         self._parameters = matmul_parameters(pl_module)
-        loader = trainer.train_dataloader
-        managed = isinstance(getattr(trainer, "datamodule", None), PackedDataModule)
-        if isinstance(loader, PackedLoader) and loader.regrouped and not managed:
-            raise RuntimeError(
-                f"the run goes on in the middle of an epoch with {loader.batch_size * loader.world_size} rows a step, "
-                "and began it with others. Lightning reads a loader's length before its state, so that rows would be "
-                "left out: use PackedDataModule, which takes care of it, or resume with as many ranks and rows"
-            )
-        if isinstance(loader, PackedLoader) and loader.epoch < trainer.current_epoch and trainer.max_steps == -1:
-            raise RuntimeError(
-                f"the run stopped in the middle of epoch {loader.epoch} by max_steps, which Lightning counts as an "
-                "epoch done: max_epochs would end this run that much too early. Go on with max_steps="
-            )
+        self._loader = trainer.train_dataloader
+        states, self._loader_states = self._loader_states, []
+        resumable = isinstance(self._loader, PackedLoader | PackedStream) and not isinstance(
+            getattr(trainer, "datamodule", None), PackedDataModule
+        )
+        if states and resumable and not trainer.fit_loop.restarting:  # Lightning gives no state between two epochs
+            self._loader.load_state_dict(states[0])
+            if isinstance(self._loader, PackedLoader):
+                self._loader.leave_epoch()
+        self._length_reader.ask(trainer, self._loader)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin anew with the rates."""
         self._throughput = Throughput(self._window)
+        if self._length_reader.done() and trainer.train_dataloader is not self._loader:
+            state, self._loader = self._loader.state_dict(), trainer.train_dataloader
+            self._loader.load_state_dict(state)  # a train_dataloader hook made another loader
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the trainer as it was."""
+        self._length_reader.done()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin anew with the rates: validation is no training time."""

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 
 from packflex.data.collate import PackedCollator
 from packflex.data.loader import PackedLoader
+from packflex.integrations.lightning.resume import LengthReader
 from packflex.parallel.layout import shard_batch
 
 
@@ -65,33 +67,50 @@ class PackedDataModule(L.LightningDataModule):
         self._sharing = context_parallel_size
         self._train_loader: PackedLoader | None = None
         self._resumed: dict[str, Any] | None = None
-        self._reloading: int | None = None
+        self._length_reader = LengthReader()
         if heldout is None:  # Lightning validates wherever val_dataloader is overridden
             self.__dict__["val_dataloader"] = super().val_dataloader
 
     def train_dataloader(self) -> PackedLoader:
-        """This rank's training batches."""
+        """This rank's training batches; within a run the same loader each time."""
         trainer: Any = self.trainer
-        if self._reloading is not None and self._train_loader is not None:
-            trainer.reload_dataloaders_every_n_epochs, self._reloading = self._reloading, None
-            return self._train_loader
+        before = self._train_loader
+        if trainer is not None and before is not None and trainer.train_dataloader is before:
+            self._length_reader.done()
+            if before.rows is self.train:
+                return before
         loader = self._loader(self.train, self.batch_size, order=self._order, token_cost=self._token_cost)
         resumed, self._resumed = self._resumed, None
         if resumed is not None and trainer is not None and trainer.ckpt_path is not None:
             loader.load_state_dict(resumed)
-            if loader.regrouped:  # the next epoch has another length, which Lightning reads when it reloads
-                self._reloading = trainer.reload_dataloaders_every_n_epochs
-                trainer.reload_dataloaders_every_n_epochs = 1
+            if not trainer.fit_loop.restarting:  # Lightning begins with a next epoch
+                self._leave_epoch(loader, trainer)
+            self._length_reader.ask(trainer, loader)
         self._train_loader = loader
         return loader
+
+    @staticmethod
+    def _leave_epoch(loader: PackedLoader, trainer: L.Trainer) -> None:
+        if loader.is_within_epoch and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            raise ValueError(
+                f"{trainer.ckpt_path}: written after a run that max_steps ended in the middle of an epoch, which "
+                "Lightning takes for whole, so the rest of its rows would be left out; add PackFlexCallback, which "
+                "takes that back, or resume with max_steps"
+            )
+        loader.leave_epoch()
+
+    def teardown(self, stage: str) -> None:
+        """Leave the trainer as it was."""
+        self._length_reader.done()
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the training loader."""
         return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a position for the next training loader."""
-        self._resumed = state_dict.get("train_loader")
+        """Keep a position for the training loader of the run that begins."""
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = state_dict.get("train_loader")
 
     def val_dataloader(self) -> PackedLoader:
         """This rank's validation batches, in order."""

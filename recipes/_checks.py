@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from packflex.attention.api import BACKENDS
 from packflex.integrations.lightning.module import LOSSES
+from packflex.integrations.lightning.resume import loader_states, steps_to_come
 from packflex.losses import WEIGHTINGS
 from packflex.models import SetupError, checked_name, is_pretrained
 
@@ -220,11 +221,12 @@ def launcher_error(error: RuntimeError) -> str | None:
     return f"a job of the sweep failed: {reason}" + (f" (output: {logs[0]})" if logs else "")
 
 
-def _loader_state(path: str | None) -> dict[str, Any] | None:
-    """Where the training loader stood when a checkpoint was written; None when it does not say."""
+def _progress(path: str | None) -> tuple[int, dict[str, Any] | None]:
+    """Optimizer steps of a checkpoint, and where its training loader stood."""
     if path is None:
-        return None
-    return _loaded(path).get("PackedDataModule", {}).get("train_loader")
+        return 0, None
+    checkpoint = _loaded(path)
+    return checkpoint["global_step"], next(iter(loader_states(checkpoint)), None)
 
 
 def fill_in(config: DictConfig, trainer: L.Trainer, rows: int) -> None:
@@ -245,18 +247,10 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int) -> None:
         config.optimizer.lr = config.learning_rate[start]
     if config.steps.total is None:
         sharing = config.trainer.context_parallel_size
-        group = config.packing.batch_size * (trainer.world_size // sharing)
+        rows_per_step = config.packing.batch_size * (trainer.world_size // sharing)
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
-
-        def steps_for(rows: int) -> int:
-            return math.ceil(math.ceil(rows / group) / trainer.accumulate_grad_batches)
-
-        by_epochs = steps_for(rows) * epochs
-        state = _loader_state(config.ckpt_path)
-        if state is not None and state["group"] != group:  # the rest of the run takes other steps than what is done
-            done = _loaded(config.ckpt_path)["global_step"]
-            left = max(epochs - state["epoch"] - 1, 0)
-            by_epochs = done + steps_for(rows - state["consumed"]) + left * steps_for(rows)
+        done, state = _progress(config.ckpt_path)
+        by_epochs = done + steps_to_come(rows, rows_per_step, trainer.accumulate_grad_batches, epochs, state)
         total = min(by_epochs, trainer.max_steps if trainer.max_steps > 0 else math.inf)
         if math.isinf(total):
             raise SetupError("the run has no end: set trainer.max_steps or trainer.max_epochs")

@@ -490,3 +490,36 @@ def test_resuming_epochs_that_are_over(place, tmp_path):
     checkpoint = tmp_path / "two" / "checkpoints" / "last.ckpt"
     with pytest.raises(recipe.USER_ERRORS, match="max_epochs"):
         recipe.finetune(composed(tmp_path / "one", *base, "trainer.max_epochs=1", f"ckpt_path={checkpoint}"))
+
+
+@pytest.mark.slow
+def test_resumed_on_other_ranks_an_epoch_is_still_every_document_once(place, tmp_path):
+    """One rank, from its fourth step on two, from their second step on one again."""
+    few = ["packing.batch_size=1", "heldout.percent=0", "trainer.max_steps=-1", "trainer.max_epochs=1", "data.limit=58"]
+    few += ["callbacks.checkpoint.every_n_train_steps=2", "callbacks.checkpoint.save_top_k=-1"]
+
+    def read(name):
+        """Documents of each step, and the steps of the schedule."""
+        documents = read_metrics(tmp_path / name / "metrics.csv", "packing/documents")[1]
+        return documents, OmegaConf.load(tmp_path / name / "config.yaml").steps.total
+
+    def resumed(name, step):
+        return f"ckpt_path={tmp_path / name / 'checkpoints' / f'step-{step}.ckpt'}"
+
+    recipe.finetune(composed(tmp_path / "one", *small(place, *few)))
+    one, total = read("one")
+    assert (sum(one), len(one)) == (58, total)
+
+    ddp = ["trainer.devices=2", "trainer.strategy=ddp", f"hydra.run.dir={tmp_path / 'two'}"]
+    done = run(*small(place, *few, *ddp, resumed("one", 4)))
+    assert done.returncode == 0, done.stderr
+    two, total = read("two")
+    assert sum(one[:4]) + sum(two) == 58
+    assert 4 + len(two) == total
+    for said in (done.stdout, (tmp_path / "two" / "finetune.log").read_text()):
+        assert said.count("2 a step over 2 ranks: the last step of epoch 0 has 1 rows without tokens") == 1
+
+    recipe.finetune(composed(tmp_path / "again", *small(place, *few, resumed("two", 6))))
+    again, total = read("again")
+    assert sum(one[:4]) + sum(two[:2]) + sum(again) == 58
+    assert 6 + len(again) == total

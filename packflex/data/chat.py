@@ -4,12 +4,14 @@ Two ways to tell which tokens the assistant says. A template with `{% generation
 conversation is rendered turn by turn: what a turn adds after the generation prompt is the assistant's, provided that
 each rendering begins with the one before it, which is checked.
 
-The generation prompt (`<|im_start|>assistant\\n`) is never supervised: at inference it is given.
+The generation prompt (`<|im_start|>assistant\\n`) is never supervised: at inference it is given. Of a template that
+writes none, what it puts before any of the assistant's words is taken for it, unless that is white space.
 """
 
 from __future__ import annotations
 
-import re
+from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from packflex.data.errors import DataError, one_line
@@ -23,8 +25,7 @@ Turns = Literal["all", "last"]
 # JSON schemas; Any and not dict, because a list of dicts is no list of "dict or callable" to a type checker
 Tools = list[Any] | None
 
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+_PROBES = ("0", "a")  # words of an assistant that begin with different characters
 
 
 class ChatEncoder:
@@ -77,7 +78,7 @@ class ChatEncoder:
             assistant = assistant[-1:]
             messages = messages[: assistant[0] + 1]
         template = self.tokenizer.get_chat_template(tools=tools or None)
-        if _GENERATION_MARK.search(_COMMENT.sub("", template)) and self.tokenizer.is_fast:
+        if _is_marked(template) and self.tokenizer.is_fast:
             return self._encode_marked(messages, tools, source)
         return self._encode_turn_by_turn(messages, assistant, tools, source)
 
@@ -94,6 +95,7 @@ class ChatEncoder:
         self, messages: list[dict[str, Any]], assistant: list[int], tools: Tools, source: str
     ) -> tuple[list[int], list[int]]:
         whole = self._apply(messages, tools, source, tokenize=False)
+        has_prompt = "add_generation_prompt" in self.tokenizer.get_chat_template(tools=tools or None)
         pieces: list[tuple[str, bool]] = []
         cursor = 0
         for turn in assistant:
@@ -110,10 +112,9 @@ class ChatEncoder:
                     "differently when others follow, so the assistant's words cannot be told apart; supervise the last "
                     "turn only (turns='last', --turns last), or use a template with {% generation %} marks"
                 )
-            begin = len(before)
-            if before == self._apply(messages[:turn], tools, source, tokenize=False):
-                begin += _header(after[begin:], messages[turn])  # the template has no generation prompt
-            pieces += [(whole[cursor:begin], False), (whole[begin : len(after)], True)]
+            if not has_prompt:
+                before += self._header(messages[:turn], before, after, tools, source)
+            pieces += [(whole[cursor : len(before)], False), (whole[len(before) : len(after)], True)]
             cursor = len(after)
         pieces.append((whole[cursor:], False))
         pieces = [piece for piece in pieces if piece[0]]
@@ -127,6 +128,16 @@ class ChatEncoder:
             ids += tokens
             labels += tokens[:supervised] + [IGNORED] * (len(tokens) - supervised)
         return ids, labels
+
+    def _header(self, earlier: list[dict[str, Any]], before: str, after: str, tools: Tools, source: str) -> str:
+        """What a template without a generation prompt writes before the assistant's words, whatever they are."""
+        probes = [
+            self._apply([*earlier, {"role": "assistant", "content": words}], tools, source, tokenize=False)
+            for words in _PROBES
+        ]
+        same = next((i for i, (a, b) in enumerate(zip(*probes, strict=False)) if a != b), 0)
+        header = probes[0][len(before) : same]
+        return header if header.strip() and after.startswith(before + header) else ""
 
     def _said(self, tokens: list[int]) -> int:
         """How many tokens of a turn are the assistant's: not the white space that templates put after its end mark."""
@@ -155,8 +166,15 @@ class ChatEncoder:
             ) from error
 
 
-def _header(turn: str, message: dict[str, Any]) -> int:
-    """How many characters a template wrote before an assistant's words; 0 when the words cannot be found."""
-    content = message.get("content")
-    words = content.strip() if isinstance(content, str) else ""
-    return max(0, turn.find(words)) if words else 0
+@lru_cache(maxsize=8)
+def _is_marked(template: str) -> bool:
+    """Whether a template has a `{% generation %}` block, and not the words in a comment or a string."""
+    import jinja2
+
+    try:
+        tokens = [(kind, text) for _, kind, text in jinja2.Environment().lex(template) if kind != "whitespace"]
+    except jinja2.TemplateSyntaxError:  # said when it is rendered
+        return False
+    return any(
+        kind == "block_begin" and following == ("name", "generation") for (kind, _), following in pairwise(tokens)
+    )

@@ -142,6 +142,44 @@ def test_errors(plain):
         encode(plain, CHATML, TALK[2:])
 
 
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "{# marks: {% generation %} #}",
+        "{{ '{% generation %}' if false }}",
+        "{% raw %}{% endraw %}{#- {%- generation -%} #}",
+    ],
+)
+def test_words_about_marks_are_no_marks(plain, comment):
+    ids, labels = encode(plain, comment + CHATML)
+    assert (ids, labels) == encode(plain, CHATML)
+    assert spoken(plain, labels) == ["four<|eos|>", "six, I think<|eos|>"]
+
+
+@pytest.mark.parametrize("mark", ["{%- generation -%}", "{%+ generation %}", "{%generation%}"])
+def test_marks_in_any_form(plain, mark):
+    assert encode(plain, MARKED.replace("{% generation %}", mark)) == encode(plain, MARKED)
+
+
+def test_the_header_of_a_template_without_a_generation_prompt(plain):
+    """The name of the assistant is given at inference, whether the template can write it by itself or not."""
+    bare = CHATML.split("{% if add_generation_prompt")[0]
+    assert encode(plain, bare) == encode(plain, CHATML)
+    calls = [*TALK[:2], {"role": "assistant", "content": None, "tool_calls": [CALL]}, *TALK[3:]]
+    bare = TOOLS.split("{% if add_generation_prompt")[0]
+    assert encode(plain, bare, calls) == encode(plain, TOOLS, calls)
+    blank = (
+        "{% for m in messages %}"
+        "{{ '[' + m.content + ']' if m.role != 'assistant' else ' ' + m.content + eos_token }}{% endfor %}"
+    )
+    assert spoken(plain, encode(plain, blank)[1]) == [" four<|eos|>", " six, I think<|eos|>"], (
+        "a blank belongs to the word"
+    )
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+
 def test_a_mark_in_a_comment_is_no_mark(plain):
     commented = "{# no {% generation %} here #}" + CHATML
     assert spoken(plain, encode(plain, commented)[1]) == spoken(plain, encode(plain, CHATML)[1])

@@ -97,7 +97,13 @@ def _prepare_packed(config: DictConfig) -> PackedSplits:
     if chosen.path is not None or is_pretrained(config.model.path, config.model.init):
         tokenizer = choose_tokenizer(config, Dataset.from_dict({}))
     else:  # a model that knows no words yet takes the rows' own tokenizer
-        tokenizer = load_tokenizer(manifest.tokenizer, chosen.chat_template)
+        try:
+            tokenizer = load_tokenizer(manifest.tokenizer, chosen.chat_template)
+        except DataError as error:
+            raise DataError(
+                f"{config.data.path}: was packed with a tokenizer that is not found now ({error}); say where it is "
+                "(tokenizer.path=...)"
+            ) from error
     rows = load(tokenizer=tokenizer).dataset
     held = 0
     if config.heldout.percent and config.heldout.path is None and config.heldout.split is None:

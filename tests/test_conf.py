@@ -57,7 +57,7 @@ def check_data(config, name):
     load = instantiate(config.data)
     assert isinstance(load, functools.partial)
     if name == "packed":
-        assert load.keywords == {"path": "somewhere"}
+        assert load.keywords == {"path": "somewhere", "verify": True}
         return
     inspect.signature(load.func).bind(**load.keywords)
     assert load.keywords.get("kind", "text") == name

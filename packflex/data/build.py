@@ -30,12 +30,12 @@ import numpy as np
 from packflex.data.chat import Turns
 from packflex.data.engines import Counts, Engine, LocalEngine
 from packflex.data.errors import DataError, one_line, too_long_message
-from packflex.data.files import only_writer, written_whole
+from packflex.data.files import only_writer, save_array, sha256_of, written_whole
 from packflex.data.labels import IGNORED
 from packflex.data.sources import table_of
 from packflex.data.supervision import cut_bare_message, documents_cut_bare, supervised_in_pieces
 from packflex.data.tokenize import DocumentEncoder, OnUnsupervised, form_of
-from packflex.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint, tokenizer_name
+from packflex.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint, tokenizer_reference
 from packflex.data.write import (
     MANIFEST_NAME,
     MANIFEST_VERSION,
@@ -130,8 +130,8 @@ def build_packed(
             run.tokenise()
             plan = run.plan(seq_len, strategy, overflow, seed)
             fingerprint = run.fingerprint(plan)
-            files, counts = run.write(plan, fingerprint, file_format)
-            manifest = run.manifest(plan, fingerprint, files, counts, sources, file_format)
+            files, checksums, counts = run.write(plan, fingerprint, file_format)
+            manifest = run.manifest(plan, fingerprint, files, checksums, counts, sources, file_format)
             with written_whole(run.rows / MANIFEST_NAME) as path:
                 path.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
             move_into_place(run.rows, folder)
@@ -272,8 +272,7 @@ class _Run:
             )
         arrays = {"starts": starts, **{name: getattr(plan, name) for name in _PLAN_ARRAYS}}
         for name, array in arrays.items():
-            with written_whole(self.work / f"plan-{name}.npy") as path, path.open("wb") as file:
-                np.save(file, array)
+            save_array(self.work / f"plan-{name}.npy", array)
         self.report("planning", plan.num_rows, plan.num_rows)
         return plan
 
@@ -327,8 +326,10 @@ class _Run:
             seed=plan.seed,
         )
 
-    def write(self, plan: PackingPlan, fingerprint: str, file_format: FileFormat) -> tuple[dict[str, int], Counts]:
-        """Write the shards that are missing; bytes of each file, and what they hold together."""
+    def write(
+        self, plan: PackingPlan, fingerprint: str, file_format: FileFormat
+    ) -> tuple[dict[str, int], dict[str, str], Counts]:
+        """Write the shards that are missing; bytes and SHA-256 of each file, and what they hold together."""
         self.rows.mkdir(exist_ok=True)
         count = max(1, min(plan.num_rows, -(-plan.num_tokens // _SHARD_TOKENS)))
         names = tuple(f"data-{index:05d}-of-{count:05d}.{file_format}" for index in range(count))
@@ -350,13 +351,15 @@ class _Run:
             self.report("writing", done, count)
         sidecars = [json.loads(jobs.sidecar(number).read_text()) for number in range(count)]
         totals = {name: sum(s["counts"][name] for s in sidecars) for name in sidecars[0]["counts"]}
-        return {name: s["bytes"] for name, s in zip(names, sidecars, strict=True)}, totals
+        sizes, sums = ({name: s[key] for name, s in zip(names, sidecars, strict=True)} for key in ("bytes", "sha256"))
+        return sizes, sums, totals
 
     def manifest(
         self,
         plan: PackingPlan,
         fingerprint: str,
         files: dict[str, int],
+        checksums: dict[str, str],
         totals: Counts,
         sources: Iterable[str],
         file_format: FileFormat,
@@ -371,6 +374,7 @@ class _Run:
             fingerprint=fingerprint,
             file_format=file_format,
             files=files,
+            checksums=checksums,
             rows=plan.num_rows,
             documents=totals["documents"],
             tokens=totals["tokens"],
@@ -383,7 +387,7 @@ class _Run:
             sources=list(sources),
             source_fingerprint=self.source_fingerprint,
             document_format=self.form,
-            tokenizer=_findable(tokenizer_name(self.tokenizer)),
+            tokenizer=tokenizer_reference(self.tokenizer),
             tokenizer_fingerprint=self.tokenizer_fingerprint,
             chat_template_fingerprint=self.template,
             options=asdict(self.options),
@@ -421,11 +425,6 @@ def _chunks(documents: Iterable[Mapping[str, str]]) -> Iterator[list[Mapping[str
             chunk, characters = [], 0
     if chunk:
         yield chunk
-
-
-def _findable(name: str) -> str:
-    """A tokenizer's folder by its whole path, so that it is found from any folder; a hub id as it is."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _key(settings: str, digest: str) -> str:
@@ -500,7 +499,7 @@ def _write_shard(jobs: _Writing, number: int) -> Counts:
     record = {
         "fingerprint": jobs.fingerprint,
         "bytes": path.stat().st_size,
-        "sha256": _sha256_of(path),
+        "sha256": sha256_of(path),
         "counts": counts,
     }
     with written_whole(jobs.sidecar(number)) as partial:
@@ -520,12 +519,7 @@ def _is_written(jobs: _Writing, number: int) -> bool:
         return False
     record = json.loads(sidecar.read_text())
     same = record["fingerprint"] == jobs.fingerprint and record["bytes"] == path.stat().st_size
-    return same and record.get("sha256") == _sha256_of(path)
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return same and record.get("sha256") == sha256_of(path)
 
 
 def _gather(

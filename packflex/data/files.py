@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+
 from packflex.data.errors import DataError, one_line
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 @contextmanager
@@ -35,6 +39,26 @@ def written_whole(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array as `np.save` does, whole or not at all.
+
+    `np.save` itself loses the system's word for a full disk, and may lose the end of the array without a word.
+
+    Raises:
+        DataError: no room on the disk.
+    """
+    array = np.ascontiguousarray(array)
+    with written_whole(path) as partial, partial.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.view(np.uint8).data)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def raise_full_disk(error: BaseException | None) -> None:
     """Raise the `OSError` of a full disk that lies behind another error, if there is one."""
     while error is not None:
@@ -47,7 +71,7 @@ def raise_full_disk(error: BaseException | None) -> None:
 def room_needed(
     path: Path, remedy: str = "free some space and run the same command again: what is finished is kept"
 ) -> Iterator[None]:
-    """Say plainly that the disk is full.
+    """Say plainly that the disk is full, or that nothing may be written there.
 
     Raises:
         DataError: in place of an `OSError` that says so.
@@ -55,11 +79,13 @@ def room_needed(
     try:
         yield
     except OSError as error:
-        # numpy says how much it could write, and gives no number
-        full = error.errno in _FULL or (error.errno is None and "requested and" in str(error))
-        if not full:
-            raise
-        raise DataError(f"{path}: the disk is full ({one_line(error)}); {remedy}") from error
+        if error.errno in _FULL:
+            raise DataError(f"{path}: the disk is full ({one_line(error)}); {remedy}") from error
+        if error.errno in _CLOSED:
+            raise DataError(
+                f"{path}: cannot be written ({one_line(error)}); choose another output, or make its folder writable"
+            ) from error
+        raise
 
 
 @contextmanager

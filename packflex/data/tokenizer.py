@@ -140,7 +140,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _slow_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a tokenizer in Python splits text by: its vocabulary files (merges among them) and its switches."""
-    switches = {k: v for k, v in tokenizer.init_kwargs.items() if isinstance(v, bool | int | float)}
+    numbers = {key: value for key, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int | float)}
+    switches = {key: value for key, value in numbers.items() if key != "model_max_length"}
     with tempfile.TemporaryDirectory() as folder:
         try:
             written = tokenizer.save_vocabulary(folder)
@@ -161,6 +162,12 @@ def chat_template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
     """What to call a tokenizer in a message: its hub id or folder, else its class."""
     return tokenizer.name_or_path or type(tokenizer).__name__
+
+
+def tokenizer_reference(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where a tokenizer can be loaded from again, from whatever folder: the hub's id, or the whole path of a folder."""
+    name = tokenizer_name(tokenizer)
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _train(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:

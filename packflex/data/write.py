@@ -17,8 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from packflex.data.errors import DataError, one_line
-from packflex.data.files import raise_full_disk, room_needed
-from packflex.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint, tokenizer_name
+from packflex.data.files import raise_full_disk, room_needed, sha256_of
+from packflex.data.tokenizer import (
+    chat_template_fingerprint,
+    tokenizer_fingerprint,
+    tokenizer_name,
+    tokenizer_reference,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
 FileFormat = Literal["parquet", "arrow"]
 MANIFEST_NAME = "manifest.json"
 # Raise it when an older reader would misread what is written.
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 # Raise it when the same documents and options give other rows: it is part of every fingerprint.
 ROWS_SCHEMA_VERSION = 1
 _COLUMNS = ("input_ids", "labels", "lengths")
@@ -46,6 +51,7 @@ class PackedManifest:
         fingerprint: SHA-256 of everything that the rows follow from, see `pack_fingerprint`.
         file_format: "parquet" or "arrow".
         files: bytes of each shard by name, in order.
+        checksums: SHA-256 of each shard by name; empty in manifests of version 1.
         rows, documents, tokens, supervised_tokens: what the shards hold; documents count pieces where one was split.
         seq_len: tokens a row can hold.
         efficiency: `tokens / (rows * seq_len)`.
@@ -65,6 +71,7 @@ class PackedManifest:
     fingerprint: str
     file_format: str
     files: dict[str, int]
+    checksums: dict[str, str]
     rows: int
     documents: int
     tokens: int
@@ -157,6 +164,7 @@ def write_packed(
             ),
             file_format=file_format,
             files=files,
+            checksums={name: sha256_of(aside / name) for name in files},
             rows=report.rows,
             documents=report.documents,
             tokens=report.tokens,
@@ -169,7 +177,7 @@ def write_packed(
             sources=list(sources),
             source_fingerprint=source_fingerprint,
             document_format=document_format,
-            tokenizer=tokenizer_name(tokenizer),
+            tokenizer=tokenizer_reference(tokenizer),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             chat_template_fingerprint=template,
             options=dict(options or {}),
@@ -228,19 +236,21 @@ def read_manifest(path: str | Path) -> PackedManifest:
             f"{file}: written by packflex {content.get('packflex_version')} as version {version}, and this packflex "
             f"reads up to {MANIFEST_VERSION}; upgrade packflex"
         )
+    if version == 1:
+        content = {"checksums": {}, **content}
     expected = {field.name for field in fields(PackedManifest)}
     if content.keys() != expected:
         raise DataError(
             f"{file}: missing {sorted(expected - content.keys())}, unknown {sorted(content.keys() - expected)}; "
             "pack the data set again"
         )
+    for field in fields(PackedManifest):
+        if not _is_of(content[field.name], str(field.type)):
+            raise DataError(
+                f"{file}: {field.name} must be {field.type}; it is {json.dumps(content[field.name])[:60]}: the "
+                "manifest was changed or damaged; copy or pack the data set again"
+            )
     manifest = PackedManifest(**content)
-    numbers = ("rows", "documents", "tokens", "supervised_tokens", "seq_len")
-    wrong = [name for name in numbers if not isinstance(content[name], int)]
-    if not isinstance(manifest.files, dict) or not all(isinstance(size, int) for size in manifest.files.values()):
-        wrong.append("files")
-    if wrong:
-        raise DataError(f"{file}: {', '.join(wrong)} of another type than packflex writes; pack the data set again")
     for name, size in manifest.files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
@@ -252,7 +262,36 @@ def read_manifest(path: str | Path) -> PackedManifest:
     return manifest
 
 
-def load_packed(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> PackedData:
+def _is_of(value: Any, kind: str) -> bool:
+    """Whether a value of a manifest is of a field's type."""
+    if kind.startswith("dict["):
+        inner = kind.removeprefix("dict[str, ").removesuffix("]")
+        return isinstance(value, dict) and all(inner == "Any" or _is_of(item, inner) for item in value.values())
+    if kind == "list[str]":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind == "str | None":
+        return value is None or isinstance(value, str)
+    types: Any = {"int": int, "float": (int, float), "str": str}[kind]
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+def verify_checksums(folder: Path, manifest: PackedManifest) -> None:
+    """Read every shard and compare it with the manifest: about a second a gigabyte.
+
+    Raises:
+        DataError: a shard that was changed since it was written.
+    """
+    for name, expected in manifest.checksums.items():
+        if sha256_of(folder / name) != expected:
+            raise DataError(
+                f"{folder / name}: not as it was written (its SHA-256 is another than the manifest's), so some rows "
+                "would hold other tokens; copy or pack the data set again"
+            )
+
+
+def load_packed(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *, verify: bool = True
+) -> PackedData:
     """Read a packed data set, after checking that it is whole and made with `tokenizer`.
 
     Arrow shards are mapped into memory; Parquet shards go through the cache of `datasets`, which maps them too.
@@ -260,6 +299,7 @@ def load_packed(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = No
     Args:
         path: the folder that `write_packed` (or `packflex pack`) made.
         tokenizer: the model's; ids of another one would be other words. Not checked when None.
+        verify: read the shards through once and compare their checksums.
 
     Raises:
         DataError: a data set that is missing, incomplete or damaged, or made with another tokenizer (both are named).
@@ -273,6 +313,8 @@ def load_packed(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = No
             f"{folder}: packed with the tokenizer {manifest.tokenizer}, and {tokenizer_name(tokenizer)} gives other "
             "ids; use the first, or pack the data set again with the second"
         )
+    if verify:
+        verify_checksums(folder, manifest)
     shards = [str(folder / name) for name in manifest.files]
     try:
         if manifest.file_format == "arrow":
@@ -281,7 +323,9 @@ def load_packed(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = No
             dataset = datasets.Dataset.from_parquet(shards)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         with room_needed(
-            Path(datasets.config.HF_DATASETS_CACHE), "free some space, or name another with HF_DATASETS_CACHE"
+            Path(datasets.config.HF_DATASETS_CACHE),
+            f"the Parquet shards of {folder} are unpacked there: free some space, or name another with "
+            "HF_DATASETS_CACHE; --file-format arrow is read in place",
         ):
             raise_full_disk(error)
         raise DataError(

@@ -3,10 +3,14 @@
 import errno
 import json
 import os
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,8 +23,10 @@ from packflex.data.errors import DataError
 from packflex.data.sources import load_documents, read_documents
 from packflex.data.tokenize import tokenize_documents
 from packflex.data.tokenizer import train_tokenizer
-from packflex.data.write import documents_fingerprint, load_packed, read_manifest
+from packflex.data.write import documents_fingerprint, load_packed, read_manifest, read_tables
+from packflex.inspect import summarise_tables
 from packflex.packing import plan_rows
+from packflex.render import save_plot
 
 disable_progress_bars()
 
@@ -276,26 +282,6 @@ def test_nothing_left(source, tmp_path, tokenizer):
         plan_rows([1], 8, "worst_fit")
 
 
-def test_a_full_disk_in_the_middle_of_numpys_own_writing(source, tmp_path, tokenizer):
-    """A limit on the size of files, which numpy meets with an error that has no number."""
-    script = (
-        "import resource, signal, sys\n"
-        "import numpy as np\n"
-        "from pathlib import Path\n"
-        "from packflex.data.files import written_whole\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "with written_whole(Path(sys.argv[1])) as path, path.open('wb') as file:\n"
-        "    np.save(file, np.zeros(200_000))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "plan.npy")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert f"{tmp_path / 'plan.npy'}: the disk is full" in done.stderr
-    assert not list(tmp_path.glob("*plan*"))
-
-
 def test_a_kept_shard_that_was_damaged_is_written_again(source, tmp_path, tokenizer, monkeypatch):
     whole = pack(source, tmp_path / "whole", tokenizer)
 
@@ -321,3 +307,62 @@ def test_the_manifest_names_a_tokenizer_that_is_found_from_anywhere(source, tmp_
     monkeypatch.chdir(folder.parent)
     manifest = pack(source, tmp_path / "out", load_tokenizer(folder.name))
     assert manifest.tokenizer == str(folder.resolve())
+
+
+@contextmanager
+def largest_file(size):
+    """The kernel refuses to let any file of this process grow beyond `size`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["text-000000", "tokens-000000", "plan-document_indices", "data-00000-of-00001"])
+def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path, tokenizer, monkeypatch, name):
+    """Rows of two tokens: the plan is larger than the tokens, and the shard than the plan."""
+    monkeypatch.setattr(build, "_SHARD_TOKENS", 1 << 20)
+    source = write(tmp_path / "x.jsonl", [{"text": "What is it? " * 4}] * 200)
+    sizes, real = {}, os.fsync
+
+    def note(descriptor):
+        sizes[Path(os.readlink(f"/proc/self/fd/{descriptor}")).name] = os.fstat(descriptor).st_size
+        return real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    pack(source, tmp_path / "whole", tokenizer, seq_len=2, file_format="arrow")
+    monkeypatch.setattr(os, "fsync", real)
+    names = list(sizes)
+    at = next(i for i, file in enumerate(names) if name in file)
+    assert all(sizes[file] < sizes[names[at]] for file in names[:at]), "the first to be too large"
+    with (
+        largest_file(sizes[names[at]] - 1),
+        pytest.raises(DataError, match=rf"\.out\.packing/.*{name}\S*: the disk is full .* run the same command again"),
+    ):
+        pack(source, tmp_path / "out", tokenizer, seq_len=2, file_format="arrow")
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / ".out.packing").rglob("*.partial"))
+    pack(source, tmp_path / "out", tokenizer, seq_len=2, file_format="arrow")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_under_the_cache_of_datasets(source, tmp_path, tokenizer):
+    """Parquet shards are unpacked there; Arrow ones are read in place."""
+    out = tmp_path / "out"
+    pack(source, out, tokenizer)
+    whole = load_packed(out).dataset.to_list()
+    shutil.rmtree(tmp_path / "hf")
+    with largest_file(2_000), pytest.raises(DataError) as error:
+        load_packed(out)
+    said = rf"{tmp_path}/hf: the disk is full .*; the Parquet shards of {out} are unpacked there: free some space"
+    assert re.match(said, str(error.value)), error.value
+    assert load_packed(out).dataset.to_list() == whole
+
+
+def test_a_full_disk_under_a_picture(source, tmp_path, tokenizer):
+    manifest = pack(source, tmp_path / "out", tokenizer)
+    report = summarise_tables(read_tables(tmp_path / "out", ("labels", "lengths")), manifest.seq_len)
+    with largest_file(1_000), pytest.raises(DataError, match=r"full\.png: the disk is full .*; free some space"):
+        save_plot(tmp_path / "full.png", report, [3, 4], 0)

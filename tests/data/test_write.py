@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 from datasets import Dataset, disable_progress_bars
 
 import packflex
 from packflex.data import write
 from packflex.data.errors import DataError
-from packflex.data.tokenizer import tokenizer_fingerprint, train_tokenizer
+from packflex.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from packflex.data.write import documents_fingerprint, load_packed, read_manifest, read_tables, write_packed
 
 disable_progress_bars()
@@ -70,8 +72,10 @@ def test_manifest_says_how_it_was_made(tmp_path, tokenizer):
     manifest = asdict(write_rows(tmp_path / "deep" / "out", tokenizer))
     assert manifest.pop("files").keys() == {"data-00000-of-00001.parquet"}
     assert len(manifest.pop("fingerprint")) == 64
+    shard = (tmp_path / "deep" / "out" / "data-00000-of-00001.parquet").read_bytes()
+    assert manifest.pop("checksums") == {"data-00000-of-00001.parquet": hashlib.sha256(shard).hexdigest()}
     assert manifest == {
-        "manifest_version": 1,
+        "manifest_version": 2,
         "packflex_version": packflex.__version__,
         "file_format": "parquet",
         "rows": 40,
@@ -136,18 +140,14 @@ def test_incomplete_and_damaged_data_sets_are_refused(tmp_path, tokenizer):
         load_packed(out)
     shard.write_bytes(b"x" * len(content))
     with pytest.raises(DataError, match="the shards cannot be read"):
-        load_packed(out)
+        load_packed(out, verify=False)
     shard.unlink()
     with pytest.raises(DataError, match="parquet: is missing, and the manifest says"):
         load_packed(out)
     manifest = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps({**manifest, "manifest_version": 2}))
-    with pytest.raises(DataError, match=r"as version 2, and this packflex reads up to 1; upgrade"):
+    (out / "manifest.json").write_text(json.dumps({**manifest, "manifest_version": 3}))
+    with pytest.raises(DataError, match=r"as version 3, and this packflex reads up to 2; upgrade"):
         load_packed(out)
-    for name, value in (("files", None), ("seq_len", "abc")):
-        (out / "manifest.json").write_text(json.dumps({**manifest, name: value}))
-        with pytest.raises(DataError, match=rf"manifest\.json: {name} of another type than packflex writes"):
-            load_packed(out)
     del manifest["seq_len"]
     (out / "manifest.json").write_text(json.dumps({**manifest, "sequence": 1}))
     with pytest.raises(DataError, match=r"missing \['seq_len'\], unknown \['sequence'\]"):
@@ -161,6 +161,64 @@ def test_incomplete_and_damaged_data_sets_are_refused(tmp_path, tokenizer):
     (out / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"no manifest\.json in it.*cut short"):
         load_packed(out)
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "arrow"])
+def test_a_shard_that_was_changed_is_refused(tmp_path, tokenizer, file_format):
+    """Of the same size: an Arrow shard would load with other tokens in some row."""
+    out = tmp_path / "out"
+    manifest = write_rows(out, tokenizer, file_format=file_format)
+    shard = out / next(iter(manifest.files))
+    content = bytearray(shard.read_bytes())
+    at = content.index(np.array(ROWS[7]["input_ids"], np.int32).tobytes()) if file_format == "arrow" else 40
+    content[at : at + 4] = bytes(4)
+    shard.write_bytes(content)
+    if file_format == "arrow":
+        assert len(load_packed(out, verify=False).dataset) == 40
+    with pytest.raises(DataError, match=rf"data-00000-of-00001\.{file_format}: not as it was written .*; copy or pack"):
+        load_packed(out)
+
+
+def test_a_manifest_of_version_1_is_read(tmp_path, tokenizer):
+    out = tmp_path / "out"
+    write_rows(out, tokenizer)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["checksums"]
+    (out / "manifest.json").write_text(json.dumps({**manifest, "manifest_version": 1}))
+    assert load_packed(out, tokenizer).manifest.checksums == {}
+    assert len(load_packed(out).dataset) == 40
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("files", None, r"files must be dict\[str, int\]; it is null"),
+        ("files", {"a": "b"}, r'files must be dict\[str, int\]; it is {"a": "b"}'),
+        ("seq_len", "abc", 'seq_len must be int; it is "abc"'),
+        ("rows", True, "rows must be int; it is true"),
+        ("efficiency", [], r"efficiency must be float; it is \[\]"),
+        ("sources", [1], r"sources must be list\[str\]; it is \[1\]"),
+        ("chat_template_fingerprint", 3, r"chat_template_fingerprint must be str \| None; it is 3"),
+    ],
+)
+def test_fields_of_other_types_are_named(tmp_path, tokenizer, field, value, message):
+    write_rows(tmp_path / "out", tokenizer)
+    file = tmp_path / "out" / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    with pytest.raises(
+        DataError, match=rf"manifest\.json: {message}: the manifest was changed or damaged; copy or pack"
+    ):
+        load_packed(tmp_path / "out")
+
+
+def test_the_tokenizer_is_found_from_another_folder(tmp_path, tokenizer, monkeypatch):
+    tokenizer.save_pretrained(tmp_path / "tok")
+    monkeypatch.chdir(tmp_path)
+    manifest = write_rows(tmp_path / "out", load_tokenizer("tok"))
+    assert manifest.tokenizer == str(tmp_path / "tok")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    load_packed(tmp_path / "out", load_tokenizer(read_manifest(tmp_path / "out").tokenizer))
 
 
 def test_fewer_rows_than_the_manifest_says(tmp_path, tokenizer):

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from packflex.data.errors import DataError, padded_message, too_long_message
+from packflex.data.ids import RepeatedIds
 from packflex.data.labels import IGNORED, MASK_COLUMNS
 from packflex.data.supervision import cut_bare_message, documents_cut_bare
 from packflex.packing import PackingPlan, plan_rows
@@ -79,6 +80,11 @@ def pack_dataset(
         raise ValueError(f"the plan is for {plan.num_documents} documents; the data set has {len(tokens.lengths)}")
     else:
         plan.validate(tokens.lengths)  # as many documents of other lengths would be mixed up
+    if not plan.num_rows:
+        raise ValueError(
+            f"all {plan.num_dropped} documents are longer than seq_len={plan.seq_len} and dropped, so there is no row; "
+            'use longer rows, or overflow="split"'
+        )
     tables = list(_tables(plan, tokens, marks, is_mask=supervision in MASK_COLUMNS))
     packed = Dataset(pa.concat_tables(tables), info=datasets.DatasetInfo(features=_FEATURES))
     _report(plan)
@@ -86,7 +92,24 @@ def pack_dataset(
     if len(bare):
         said = cut_bare_message(name_of(dataset, int(bare[0])), len(bare), plan.seq_len)
         logger.warning('%s; raise seq_len, choose overflow="split", or leave such documents out', said)
+    _report_repeats(dataset)
     return packed
+
+
+def _report_repeats(dataset: Dataset) -> None:
+    """Warn of documents whose `id` came before."""
+    if "id" not in dataset.column_names:
+        return
+    ids = RepeatedIds()
+    for value in dataset.with_format(None)["id"]:
+        ids.add(value)
+    count, pair = ids.found()
+    if pair is not None:
+        earlier, later = (name_of(dataset, number) for number in pair)
+        logger.warning(
+            "%d documents have an id that came before, and are packed all the same; the first is %s, after %s",
+            count, later, earlier,
+        )  # fmt: skip
 
 
 def plan_dataset(

@@ -12,8 +12,6 @@ Arrow (about the size of the text).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from array import array
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from packflex.data.errors import DataError
+from packflex.data.ids import hash_of_id
 from packflex.data.readers import (
     Record,
     find_files,
@@ -197,7 +196,7 @@ class _Ids:
             if (value := record.values.get(self.field)) is not None:
                 found = True
                 if not (isinstance(value, float) and math.isnan(value)):
-                    key = _hash_of(value)
+                    key = hash_of_id(value)
                     if not is_strict:
                         hashes.append(key)
                     elif key in seen:
@@ -234,7 +233,7 @@ class _Ids:
         seen: set[int] = set()
         for record in islice(self.records(), limit):  # read again, as far as the first that came before
             value = record.values.get(self.field)
-            key = None if value is None else _hash_of(value)
+            key = None if value is None else hash_of_id(value)
             if key in seen:
                 logger.warning(
                     "%d records have an id that came before and are kept; the first is %s",
@@ -246,17 +245,12 @@ class _Ids:
 
     def _duplicate(self, record: Record, key: int) -> str:
         value = record.values[self.field]
-        same = (r.source for r in self.records() if _hash_of(r.values.get(self.field)) == key)
+        same = (r.source for r in self.records() if hash_of_id(r.values.get(self.field)) == key)
         return (
             f"{record.source}: {self.field!r} is {value!r}, as in {next(same, 'a record before')}; remove one, keep "
             "the first with on_duplicate='drop' or both with 'keep' (--on-duplicate), or name another field with "
             "id_field (--id-field)"
         )
-
-
-def _hash_of(value: Any) -> int:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def guess_kind(path: Paths | None) -> Kind:

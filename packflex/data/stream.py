@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from packflex.data.errors import DataError, one_line, padded_message
+from packflex.data.ids import RepeatedIds
 from packflex.data.labels import FILLER, IGNORED, MASK_COLUMNS
 from packflex.data.supervision import cut_bare_message, supervised_in_pieces
 from packflex.packing.strategies import OVERFLOWS
@@ -337,6 +338,7 @@ class _Lane:
         self._replay = state["replay"]
         self._documents: Iterator[Mapping[str, Any]] | None = None
         self._exhausted = state["exhausted"]
+        self._ids: RepeatedIds | None = None  # of this pass, or of what is left of it after a resume
         ends = np.cumsum(state["lengths"].numpy())[:-1]
         ids, labels = (np.split(state[name].numpy(), ends) for name in ("ids", "labels"))
         if len(state["lengths"]):
@@ -356,6 +358,7 @@ class _Lane:
         self.batches += 1
         if not rows:
             self.over = True
+            self.report["repeated ids"] = self._ids.found()[0] if self._ids is not None else 0
             return []
         self.report["rows"] += len(rows)
         return rows + [dict(FILLER)] * (self.batch_size - len(rows))
@@ -414,6 +417,9 @@ class _Lane:
         name = document.get("source") or name
         ids, labels = _tokens(document, name)
         self.report["documents"] += 1
+        if "id" in document:
+            self._ids = self._ids or RepeatedIds()
+            self._ids.add(document["id"])
         room = self.packer.seq_len
         if len(ids) > room:
             if self.overflow == "error":
@@ -431,6 +437,10 @@ class _Lane:
                 ids, labels = ids[:room], labels[:room]
             sizes = np.diff([*range(0, len(ids), room), len(ids)])
             if had_any and not supervised_in_pieces(labels != IGNORED, sizes).any():
+                if not self.report["cut bare"]:  # a stream may be long in coming to the end of its pass
+                    logger.warning(
+                        "lane %d: %s; more are counted till its end", self.number, cut_bare_message(name, 1, room)
+                    )
                 self.report["cut bare"] += 1
                 self.report["first cut bare"] = self.report["first cut bare"] or name
         for start in range(0, len(ids), room):
@@ -468,7 +478,7 @@ class _Lane:
 _SAME_ON_RESUME = ("seq_len", "batch_size", "pool", "overflow", "num_shards", "fingerprint")
 _NOTHING: Mapping[str, Any] = {
     "documents": 0, "rows": 0, "tokens": 0, "longer than a row": 0, "tokens lost": 0, "cut bare": 0,
-    "first cut bare": "",
+    "first cut bare": "", "repeated ids": 0,
 }  # fmt: skip
 
 
@@ -596,6 +606,12 @@ def _log_pass(number: int, report: dict[str, Any], seq_len: int) -> None:
             "lane %d: %d documents longer than a row lost %d tokens",
             number, report["longer than a row"], report["tokens lost"],
         )  # fmt: skip
+    if report["repeated ids"]:
+        logger.warning(
+            "lane %d: %d documents have an id that came before, and are packed all the same",
+            number,
+            report["repeated ids"],
+        )
     if report["cut bare"]:
         said = cut_bare_message(report["first cut bare"], report["cut bare"], seq_len)
         logger.warning('lane %d: %s; raise seq_len, or choose overflow="split"', number, said)

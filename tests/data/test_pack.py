@@ -277,3 +277,22 @@ def test_cut_supervision_in_blocks(monkeypatch):
         assert documents_cut_bare(plan, lengths, is_supervised).tolist() == [1, 4]
         assert len(asked) == {1: 8, 20: 5, 1000: 2}[size]
     assert supervised_in_pieces(np.array([True] * 5), np.array([1, 3, 1])).tolist() == [0, 2, 0]
+
+
+def test_documents_whose_id_came_before_are_reported(caplog):
+    pack_dataset(Dataset.from_dict({"input_ids": [[1], [2], [3]], "id": ["a", "b", "a"]}), 8)
+    assert (
+        "1 documents have an id that came before, and are packed all the same; the first is document 2, after do"
+        in (caplog.text)
+    )
+    caplog.clear()
+    pack_dataset(Dataset.from_dict({"input_ids": [[1], [2], [3]], "id": ["a", None, None]}), 8)
+    pack_dataset(Dataset.from_dict({"input_ids": [[1], [2]], "id": [float("nan"), float("nan")]}), 8)
+    assert caplog.text == ""
+
+
+def test_documents_that_are_all_dropped():
+    with pytest.raises(
+        ValueError, match="all 2 documents are longer than seq_len=8 and dropped, so there is no row; use"
+    ):
+        pack_dataset(documents_of([9, 10]), 8, overflow="drop")

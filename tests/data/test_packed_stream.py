@@ -308,3 +308,12 @@ def test_a_state_is_refused_by_another_stream():
     with pytest.raises(ValueError, match="stream had fingerprint=corpus 1, this one has corpus 2"):
         make(fingerprint="corpus 2").load_state_dict(named)
     make().load_state_dict(named)
+
+
+def test_ids_that_came_before_and_lost_supervision_are_told_as_the_stream_goes(caplog):
+    list(make([{"input_ids": [1], "id": i % 3} for i in range(5)]))
+    assert "lane 0: 2 documents have an id that came before, and are packed all the same" in caplog.text
+    late = {"input_ids": [7] * 20, "labels": [-100] * 16 + [7] * 4, "source": "a.jsonl:7"}
+    stream = make([late, *({"input_ids": [1] * 9} for _ in range(40))], overflow="truncate", batch_size=1)
+    next(iter(stream))
+    assert "lane 0: a.jsonl:7: rows of 16 tokens cut off every supervised token" in caplog.text, "long before its end"

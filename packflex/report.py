@@ -77,7 +77,14 @@ class RunSummary:
         return lines + [("note", note) for note in self.notes]
 
     def __str__(self) -> str:
-        sample = ["", "prompt (held out)", _indented(self.prompt), "completion", _indented(self.completion), ""]
+        sample = [
+            "",
+            "prompt (held out)" if self.heldout_documents else "prompt",
+            _indented(self.prompt),
+            "completion",
+            _indented(self.completion),
+            "",
+        ]
         return "\n".join([_table(self.facts()), *sample, "written", _table(list(self.files.items()))])
 
 

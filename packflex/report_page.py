@@ -52,7 +52,8 @@ def save_report(
         steps, values = read_metrics(metrics, name)
         if steps:
             parts.append(_picture(step_curve(steps, values, label, title, percent), title))
-    parts.append(f"<h2>Prompt (held out)</h2><pre>{html.escape(summary.prompt)}</pre>")
+    prompt = "Prompt (held out)" if summary.heldout_documents else "Prompt"
+    parts.append(f"<h2>{prompt}</h2><pre>{html.escape(summary.prompt)}</pre>")
     parts.append(f"<h2>Completion</h2><pre>{html.escape(summary.completion)}</pre>")
     if config:
         parts.append(f"<details><summary>Settings</summary><pre>{html.escape(config)}</pre></details>")

@@ -74,6 +74,8 @@ def test_summary_reads_as_a_table():
 def test_summary_without_heldout_documents_and_with_an_empty_completion():
     text = str(RunSummary(1, 1, 1, 8, 0.5, 1, None, None, None, 0, "a", "\n \n"))
     assert "held-out loss" not in text
+    assert "held out" not in text
+    assert "prompt\n    a\n" in text
     assert "tokens a second" not in text
     assert "    (nothing but white space)" in text
 

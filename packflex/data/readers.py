@@ -121,10 +121,18 @@ def _array_message(source: str) -> str:
 
 
 def _lines(file: Path) -> Iterator[bytes]:
+    number = 0
     try:
         with _open(file) as stream:
-            yield from stream
+            for line in stream:
+                number += 1
+                yield line
     except (OSError, EOFError, zlib.error) as error:
+        if number or not isinstance(error, OSError):
+            raise DataError(
+                f"{file}:{number + 1}: cannot be read on after {number:,} lines ({one_line(error)}), so the file is "
+                "cut short or damaged; copy it or write it again"
+            ) from error
         raise DataError(f"{file}: cannot be read ({error}); check the file and its permissions") from error
 
 

@@ -145,8 +145,9 @@ def write_packed(
         raise DataError("there is no packed row to write; pack at least one document")
     report = summarise(packed, seq_len)
     template = chat_template_fingerprint(tokenizer) if document_format == "messages" else None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
+    with room_needed(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
     try:
         files = _write_shards(packed.select_columns(list(_COLUMNS)), aside, file_format)
         manifest = PackedManifest(
@@ -200,6 +201,11 @@ def check_output(output: str | Path, overwrite: bool = False) -> None:
     """
     folder = Path(output).expanduser()
     if not folder.exists():
+        if folder.is_symlink():
+            raise DataError(
+                f"{folder}: is a link to {os.readlink(folder)}, which is not there; remove the link, or give the "
+                "folder itself as the output"
+            )
         return
     if not overwrite:
         raise DataError(f"{folder}: is there already; choose another output, or replace it (overwrite, --overwrite)")

@@ -366,3 +366,51 @@ def test_a_full_disk_under_a_picture(source, tmp_path, tokenizer):
     report = summarise_tables(read_tables(tmp_path / "out", ("labels", "lengths")), manifest.seq_len)
     with largest_file(1_000), pytest.raises(DataError, match=r"full\.png: the disk is full .*; free some space"):
         save_plot(tmp_path / "full.png", report, [3, 4], 0)
+
+
+@pytest.mark.slow
+def test_memory_grows_by_the_plan_alone(tmp_path, tokenizer):
+    """Some 85 bytes a document, whatever is read, tokenised and written; the tokens here are made up, to be quick."""
+    code = (
+        "import resource, sys\n"
+        "from packflex.data import build\n"
+        "from packflex.data.tokenizer import load_tokenizer\n"
+        "build._BLOCK_TOKENS = 50_000  # full from the first run on\n"
+        "def encode(self, batch, indices):\n"
+        "    n = len(indices)\n"
+        "    out = {'input_ids': [[1, 2, 3, 4]] * n, 'labels': [[-100, 2, 3, 4]] * n}\n"
+        "    return {**out, 'source': batch['source'], 'cut': [0] * n}\n"
+        "build.DocumentEncoder.__call__ = encode\n"
+        "documents = ({'text': str(i), 'source': f'x.jsonl:{i}'} for i in range(int(sys.argv[2])))\n"
+        "build.build_packed(documents, sys.argv[3], load_tokenizer(sys.argv[1]), seq_len=64)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+
+    def peak(count):
+        """Bytes."""
+        command = [sys.executable, "-c", code, tokenizer.name_or_path, str(count), str(tmp_path / str(count))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        return 1024 * int(done.stdout)
+
+    assert peak(130_000) - peak(30_000) < 130 * 100_000
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_place_that_nothing_may_be_written_to(source, tmp_path, tokenizer, monkeypatch, number):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(
+        DataError, match=r"\.out\.packing: cannot be written \(.*\); choose another output, or make its"
+    ):
+        pack(source, tmp_path / "out", tokenizer)
+
+
+def test_a_link_to_nowhere_is_refused_before_the_work(tmp_path, tokenizer):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"out: is a link to \S+/gone, which is not there; remove the link"):
+        build_packed(iter([]), tmp_path / "out", tokenizer)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file/\.out\.packing: cannot be written .*; choose another output"):
+        build_packed(iter([]), tmp_path / "file" / "out", tokenizer)

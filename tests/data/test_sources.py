@@ -394,3 +394,14 @@ def test_a_text_that_is_too_long_for_arrow_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_MAX_TEXT_BYTES", 119)
     with pytest.raises(DataError, match=r"a\.jsonl:2: 'text' is 120 bytes long, and a text may have 119; cut it into"):
         load_documents("jsonl", file)
+
+
+def test_compressed_lines_that_end_too_early(tmp_path):
+    file = tmp_path / "a.jsonl.gz"
+    lines = b"".join(b'{"text": "%s"}\n' % os.urandom(30).hex().encode() for _ in range(2000))
+    whole = gzip.compress(lines)
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        DataError, match=r"a\.jsonl\.gz:\d+: cannot be read on after [\d,]+ lines \(.*\), so the file is cut sh"
+    ):
+        load_documents("jsonl", file)

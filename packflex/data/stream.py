@@ -93,6 +93,11 @@ class PackedStream:
     ) -> None:
         if overflow not in OVERFLOWS:
             raise ValueError(f"overflow must be one of {', '.join(OVERFLOWS)}; got {overflow!r}")
+        if isinstance(source, Iterator):
+            raise ValueError(
+                f"source must give its documents each time it is iterated, and a {type(source).__name__} gives them "
+                "once; give a list, a datasets.IterableDataset (from_generator makes one), or an object with __iter__"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be from 0 to world_size - 1; got rank {rank} of {world_size}")
         for name, value in {"batch_size": batch_size, "num_batches": num_batches, "lanes": lanes}.items():

@@ -317,3 +317,8 @@ def test_ids_that_came_before_and_lost_supervision_are_told_as_the_stream_goes(c
     stream = make([late, *({"input_ids": [1] * 9} for _ in range(40))], overflow="truncate", batch_size=1)
     next(iter(stream))
     assert "lane 0: a.jsonl:7: rows of 16 tokens cut off every supervised token" in caplog.text, "long before its end"
+
+
+def test_a_source_that_gives_its_documents_once_is_refused():
+    with pytest.raises(ValueError, match=r"each time it is iterated, and a generator gives them once; give a list"):
+        make({"input_ids": [i]} for i in range(3))

@@ -42,7 +42,7 @@ from packflex.attention import flex_attention
 from packflex.attention.api import BACKENDS
 from packflex.integrations._ordinary import ordinary_attention
 from packflex.integrations._supported import check_supported
-from packflex.layout import PackedLayout
+from packflex.layout import PackedLayout, is_on
 from packflex.masks import document_mask
 from packflex.parallel.attention import sharded_attention
 from packflex.parallel.layout import ShardedLayout
@@ -312,7 +312,7 @@ def _check_layout(packed: Any, rows: tuple[int, int], device: torch.device, what
             f"packed describes {packed.batch_size} rows of {packed.seq_len} tokens, the {what} are {rows[0]} rows of "
             f"{rows[1]}: pass the layout that was made with this batch"
         )
-    if packed.device != device:
+    if not is_on(device, packed.device):
         raise ValueError(
             f"packed is on {packed.device} and the {what} on {device}: move it with the batch, packed.to({device!s})"
         )

@@ -54,6 +54,11 @@ _OTHER = {
 _KEPT = (
     IDENTITIES | _FLOAT_UNARY | _ROUNDING | _COMPARE | set(_LOGICAL) | set(_BITWISE) | _FLOAT_BINARY | _FILLS | _OTHER
 )
+# Pointwise functions that torch decomposes, and that not every version of it marks as pointwise
+_UNMARKED = {
+    "log_sigmoid_forward", "leaky_relu", "elu", "celu", "selu", "mish", "hardswish", "hardsigmoid", "hardtanh", "relu6",
+    "prelu", "softshrink", "hardshrink", "threshold", "gelu", "silu", "softplus",
+}  # fmt: skip
 # pow with these exponents is a few multiplications, and part of the kernel's text
 SMALL_POWERS = {-3: "", -2: "", -1: "", 0: "", 1: "", 2: "", 3: "", 4: "", 0.5: "sqrt", -0.5: "rsqrt"}
 
@@ -85,7 +90,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def is_supported(target: Any) -> bool:
     """Whether an operation is pointwise and can be written in nodes, itself or decomposed."""
     name = _base(target)
-    known = _KEPT | {"log_sigmoid_forward"}
+    known = _KEPT | _UNMARKED
     return name in known or name.removesuffix("_") in known or torch.Tag.pointwise in getattr(target, "tags", ())
 
 

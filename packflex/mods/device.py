@@ -61,6 +61,14 @@ def _read_elements(p, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _read_index(p):
+    """The int32 at a scalar pointer, in PTX: a pipelined load would make all others of its loop wait for it."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.b32 $0, [$1];", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def _sign(x):
     return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
 
@@ -98,6 +106,12 @@ def divided_by(x, divisor, magic, shift):
     n = (x ^ sign).to(tl.uint32, bitcast=True)
     high = tl.umulhi(n, (n * 0 + magic.to(tl.uint32, bitcast=True)))
     return ((high + n) >> shift.to(tl.uint32)).to(tl.int32, bitcast=True) ^ sign
+
+
+@triton.jit
+def in_range(x, low, end):
+    """Whether an int32 is from `low` up to and not including `end`, which is no less."""
+    return (x - low).to(tl.uint32, bitcast=True) < (end - low).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -141,7 +155,7 @@ def scatter_tile(p_sum, o, value, mask, scale, MODE: tl.constexpr, NEAR: tl.cons
         scatter(p_sum, o, value, mask, scale, MODE)
 
 
-def _read_simply(p, mask, MASKED):
+def _read_simply(p, mask=None, MASKED=False):
     return tl.load(p, mask=mask, other=0) if MASKED else tl.load(p)
 
 
@@ -163,7 +177,8 @@ def _by_numpy(function):
 
 tanh, sigmoid, sign = _tanh, _sigmoid, _sign
 if isinstance(_tanh, triton.JITFunction):
-    fast_divide, fast_log2, read_elements = libdevice.fast_dividef, libdevice.fast_log2f, _read_elements
+    fast_divide, fast_log2 = libdevice.fast_dividef, libdevice.fast_log2f
+    read_elements, read_index = _read_elements, _read_index
     log1p, expm1, log10 = libdevice.log1p, libdevice.expm1, libdevice.log10
     tan, asin, acos, atan = libdevice.tan, libdevice.asin, libdevice.acos, libdevice.atan
     sinh, cosh, asinh, acosh, atanh = libdevice.sinh, libdevice.cosh, libdevice.asinh, libdevice.acosh, libdevice.atanh
@@ -173,7 +188,8 @@ if isinstance(_tanh, triton.JITFunction):
 else:
     import math
 
-    fast_divide, fast_log2, read_elements = _by_numpy(np.divide), _by_numpy(np.log2), _read_simply
+    fast_divide, fast_log2 = _by_numpy(np.divide), _by_numpy(np.log2)
+    read_elements, read_index = _read_simply, _read_simply
     log1p, expm1, log10 = _by_numpy(np.log1p), _by_numpy(np.expm1), _by_numpy(np.log10)
     tan, asin, acos, atan = _by_numpy(np.tan), _by_numpy(np.arcsin), _by_numpy(np.arccos), _by_numpy(np.arctan)
     sinh, cosh, asinh, acosh, atanh = map(_by_numpy, (np.sinh, np.cosh, np.arcsinh, np.arccosh, np.arctanh))

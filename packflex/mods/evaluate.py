@@ -19,6 +19,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "floordiv": torch.floor_divide, "remainder": torch.remainder, "fmod": torch.fmod, "pow": torch.pow,
     "round": torch.round, "truncdiv": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
     "divided_by": lambda x, d, *_: torch.floor_divide(x, d),
+    "in_range": lambda x, low, end: (x >= low) & (x < end),
     "detach": torch.detach,
     "not": lambda x: torch.logical_not(x) if x.dtype == torch.bool else torch.bitwise_not(x),
 }  # fmt: skip

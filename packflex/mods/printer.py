@@ -31,13 +31,14 @@ _CALLS = {
     "abs": "tl.abs", "where": "tl.where", "round": "round_even", "pow": "power",
 }  # fmt: skip
 DEVICE = {
-    "tanh", "sigmoid", "sign", "floordiv", "remainder", "fmod", "divided_by", "isnan", "isinf", "log1p", "expm1",
-    "log10", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "lgamma", "trunc",
-    "atan2", "hypot", "copysign",
+    "tanh", "sigmoid", "sign", "floordiv", "remainder", "fmod", "divided_by", "in_range", "isnan", "isinf", "log1p",
+    "expm1", "log10", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "lgamma",
+    "trunc", "atan2", "hypot", "copysign",
 }  # fmt: skip
-_FROM_DEVICE = sorted(
-    {*DEVICE, "round_even", "power", "natural_log", "fast_log2", "read_elements", "scatter", "scatter_tile"}
-)
+_FROM_DEVICE = sorted({
+    *DEVICE, "round_even", "power", "natural_log", "fast_log2", "read_elements", "read_index", "scatter",
+    "scatter_tile",
+})  # fmt: skip
 
 
 def device_imports(body: str) -> str:
@@ -152,6 +153,8 @@ class Printer:
         function = node.op if node.op in DEVICE else _CALLS[node.op]
         if node.op == "where":
             return f"tl.where({_typed(node.args[0], args[0])}, {args[1]}, {args[2]})"
+        if function == "in_range":
+            return f"in_range({', '.join(map(_typed, node.args, args))})"
         return f"{function}({', '.join([_typed(node.args[0], args[0]), *args[1:]])})"
 
     def _load(self, node: Node, load_mask: str) -> str:

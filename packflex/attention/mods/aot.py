@@ -62,7 +62,7 @@ def compile_mod_kernels(
             alone = gradients and score is not None and not templates.shares_heads(name, score)
             heads = 1 if alone else heads_per_tile(group, tile)
             fitted = tile if mask is None else fitted_tile(tile, heads, block_size)
-            request = templates.Request(score, mask, packed=heads > 1, gradients=gradients)
+            request = templates.Request(score, mask, packed=heads > 1, gradients=gradients, softcap=softcap)
             report = _compile(
                 name, request, capability, dtype, head_dim, group, heads, fitted, softcap, block_size, deterministic
             )

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from packflex.mods.nodes import CapturedGradient, Node, Program
+from packflex.mods.nodes import CapturedGradient, Node, Program, ordered
 from packflex.mods.printer import Printer, Statement, device_imports
+from packflex.mods.rewrite import for_tiles, in_log2
 
 HEADER = '''"""Printed by packflex: {what}."""
 
@@ -44,6 +45,7 @@ class Request:
         ragged: in list form, whether wholly visible blocks may reach past the last key (another library's lists).
         packed: whether a tile holds several query heads.
         gradients: whether captured tensors get theirs.
+        softcap: whether the modified score is capped.
     """
 
     score: Program | None
@@ -51,6 +53,7 @@ class Request:
     ragged: bool = False
     packed: bool = False
     gradients: bool = False
+    softcap: bool = False
 
     @property
     def lists(self) -> bool:
@@ -66,14 +69,44 @@ def with_header(what: str, body: str) -> str:
 class _Kernel:
     """One kernel in the making: its printers and its lines."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, walked: str) -> None:
         self.request = request
-        self.score = None if request.score is None else Printer(request.score, "x")
-        self.mask = None if request.mask is None else Printer(request.mask, "m")
+        score = request.score
+        scaled = None if score is None or request.softcap else in_log2(score)
+        # whether scores are in units of log(2), not in natural ones
+        self.log2 = scaled is not None or (score is None and not request.softcap)
+        self.program = score if scaled is None else scaled
+        self.score = None if self.program is None else Printer(self.program, "x")
+        self.mask = None
+        self.mask_ends = False  # whether the mask hides what lies past the walked sequence by itself
+        if request.mask is not None:
+            tiled = for_tiles(request.mask, walked)
+            self.mask, self.mask_ends = Printer(tiled.program, "m"), tiled.ends
+            rows = "o_e // HEADS" if request.packed else "o_e"
+            if walked == "kv":
+                names = {"block": "block_key", "offset": "o_n[None, :]", "place": "o_k[None, :]", "end": "kv_len"}
+            else:
+                names = {
+                    "block": "block_query",
+                    "offset": f"({rows})[None, :]",
+                    "place": "o_q[None, :]",
+                    "end": "q_len",
+                }
+            self.mask.inputs = names
 
     def parameters(self) -> list[str]:
         """Parameters of the programs."""
         return [name for printer in (self.mask, self.score) if printer is not None for name in printer.parameters()]
+
+    def reads_at(self, index: str) -> bool:
+        """Whether a captured tensor is read at an index, which must then lie within the sequence."""
+        printers = [printer for printer in (self.mask, self.score) if printer is not None]
+        nodes = (node for printer in printers for node in ordered(printer.program.roots()))
+        return any(node.op == "read" and index in node.deps for node in nodes)
+
+    def power(self, score: str, less: str) -> str:
+        """exp(score) over 2 to the power of `less`, which is in units of log(2)."""
+        return f"tl.exp2({score} - {less})" if self.log2 else f"tl.exp2({score} * LOG2_E - {less})"
 
     def gradient_slots(self) -> list[int]:
         """Captured tensors that get a gradient from some read."""
@@ -200,7 +233,7 @@ def _row_loop(masked: bool, lists: bool, body: list[str]) -> str:
         count, pointer = ("partial_blocks", "p_partial") if masked else ("full_blocks", "p_full")
         begin = [
             f"for step in range({count}):",
-            f"    block_key = tl.load({pointer} + step // PARTS) * MASK_N + step % PARTS * BLOCK_N",
+            f"    block_key = read_index({pointer} + step // PARTS) * MASK_N + step % PARTS * BLOCK_N",
         ]
     elif masked:
         begin = [
@@ -217,7 +250,7 @@ def _row_loop(masked: bool, lists: bool, body: list[str]) -> str:
 
 
 def _row_scores(kernel: _Kernel, masked: bool, roots: list[Node]) -> list[str]:
-    """From b_q and b_k to b_s, the modified score with its softcap, in natural units; m_s where masked."""
+    """From b_q and b_k to b_s, the modified score; m_s where masked."""
     request = kernel.request
     tail = masked or request.ragged
     end = "kv_len" if request.lists else "end_key"
@@ -228,13 +261,17 @@ def _row_scores(kernel: _Kernel, masked: bool, roots: list[Node]) -> list[str]:
         "p_vn = p_v + block_key.to(tl.int64) * stride_vs",
         f"b_k = load_tile(p_kn + o_n[:, None] * stride_ks + o_d[None, :], m_k, o_d < HEAD_DIM, {tail}, "
         "HEAD_DIM != BLOCK_D)",
-        "score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale",
-        "kv = tl.minimum(o_k, kv_len - 1)[None, :]" if tail else "kv = o_k[None, :]",
+        f"score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * {_scale(kernel)}",
+        "kv = tl.minimum(o_k, kv_len - 1)[None, :]" if tail and kernel.reads_at("kv") else "kv = o_k[None, :]",
     ]
     if masked and kernel.mask is not None:
         lines += _written(kernel.mask.statements([kernel.mask.program.out]))
-        lines.append(f"m_s = (m_row[:, None] & m_k[None, :]) & ({kernel.mask.text(kernel.mask.program.out)})")
-        lines.append("m_any = tl.max(m_s.to(tl.int32), 0) > 0  # what no row sees may hold anything, NaN included")
+        # without a mod rows past the last hold zeros, and what comes of them is not stored
+        within = [
+            *(["m_row[:, None]"] if kernel.score is not None else []),
+            *([] if kernel.mask_ends else ["m_k[None, :]"]),
+        ]
+        lines.append(f"m_s = {' & '.join([*within, f'({kernel.mask.text(kernel.mask.program.out)})'])}")
     elif masked:
         lines.append("m_s = (o_k[None, :] >= b_lo[:, None]) & (o_k[None, :] < b_hi[:, None])")
     lines += _modified(kernel, roots, masked)
@@ -275,9 +312,9 @@ def _snapshot(kernel: _Kernel) -> Callable[[], None]:
 
 def forward_text(request: Request) -> str:
     """`mod_forward`: out and lse of one tile of (position, query head) rows."""
-    kernel = _Kernel(request)
+    kernel = _Kernel(request, "kv")
     lists = request.lists
-    roots = [] if request.score is None else [request.score.out]
+    roots = [] if kernel.program is None else [kernel.program.out]
     fixed = (
         f"Q, K, V, SINKS, {_walk_parameters(lists, 'KV')} OUT, LSE,\n"
         "    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,\n"
@@ -286,7 +323,7 @@ def forward_text(request: Request) -> str:
     constants = _CONSTANTS + " HAS_SINKS: tl.constexpr," + (_LIST_CONSTANTS if lists else "")
     text = _definition("mod_forward", fixed, kernel, [], constants) + _ROWS
     text += _row_walk(lists)
-    text += _indent(_hoisted(kernel, roots, "b h q"), 4)
+    text += _indent(_hoisted(kernel, roots, "b h q offset end"), 4)
     text += """
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
@@ -304,21 +341,23 @@ def forward_text(request: Request) -> str:
             body.append('b_s = tl.where(m_k[None, :], b_s, float("-inf"))')
         body.append("b_m_new = tl.maximum(b_m, tl.max(b_s, 1))")
         if masked or tail or (request.score is not None):  # a score of -inf everywhere: shift by 0 instead of NaN
-            body.append('b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new) * LOG2_E')
+            body.append('b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)')
         else:
-            body.append("b_shift = b_m_new * LOG2_E")
+            body.append("b_shift = b_m_new")
+        if not kernel.log2:
+            body.append("b_shift = b_shift * LOG2_E")
         body += [
-            "b_p = tl.exp2(b_s * LOG2_E - b_shift[:, None])",
-            "b_alpha = tl.exp2(b_m * LOG2_E - b_shift)",
+            f"b_p = {kernel.power('b_s', 'b_shift[:, None]')}",
+            f"b_alpha = {kernel.power('b_m', 'b_shift')}",
             "b_l = b_l * b_alpha + tl.sum(b_p, 1)",
             "b_acc = b_acc * b_alpha[:, None]",
             f"b_v = load_tile(p_vn + o_n[:, None] * stride_vs + o_dv[None, :], m_k, o_dv < V_DIM, {tail}, "
             "V_DIM != BLOCK_DV)",
         ]
-        if masked and lists:
-            body.append("b_v = tl.where(m_any[:, None], b_v, 0.0)")
         body += ["b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)", "b_m = b_m_new"]
         text += _row_loop(masked, lists, body) + "\n"
+    if kernel.log2:
+        text += "    b_m = b_m * LN_2\n"
     return (
         text
         + """
@@ -349,9 +388,9 @@ def _row_walk(lists: bool) -> str:
 
 def dq_text(request: Request) -> str:
     """`mod_dq`: dQ of one tile, and what its rows and elements send to captured tensors."""
-    kernel = _Kernel(request)
+    kernel = _Kernel(request, "kv")
     lists = request.lists
-    score = request.score
+    score = kernel.program
     row_sums, tile_sums = kernel.gradients("rows"), kernel.gradients("tile")
     slots = sorted({gradient.slot for _, gradient in (*row_sums, *tile_sums)})
     roots: list[Node] = []
@@ -376,7 +415,7 @@ def dq_text(request: Request) -> str:
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2_E  # rows that see nothing have weights of 0
     b_delta = tl.load(DELTA + o_stat, mask=m_row, other=0.0)
 """
-    text += _indent(_factors(slots) + _hoisted(kernel, roots, "b h q"), 4)
+    text += _indent(_factors(slots) + _hoisted(kernel, roots, "b h q offset end"), 4)
     text += "\n    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)\n"
     text += "".join(f"    b_sum{n} = tl.zeros([BLOCK_M], tl.float32)\n" for n, _ in row_sums)
     restore = _snapshot(kernel)
@@ -386,7 +425,7 @@ def dq_text(request: Request) -> str:
         body = _row_scores(kernel, masked, roots)
         if request.ragged and not masked:
             body.append("m_s = m_row[:, None] & m_k[None, :]")
-        body += _weights("b_lse[:, None]", masked or request.ragged)
+        body += _weights(kernel, "b_lse[:, None]", masked or request.ragged)
         body.append(
             f"b_v = load_tile(p_vn + o_n[:, None] * stride_vs + o_dv[None, :], m_k, o_dv < V_DIM, {tail}, "
             "V_DIM != BLOCK_DV)"
@@ -404,8 +443,6 @@ def dq_text(request: Request) -> str:
             body.append(
                 f"scatter_tile(x_sum{gradient.slot}, {offset}, {value}, {seen}, b_factor{gradient.slot}, GRAD_MODE, 32)"
             )
-        if masked and lists:
-            body.append("b_k = tl.where(m_any[:, None], b_k, 0.0)")
         body.append("b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)")
         text += _row_loop(masked, lists, body) + "\n"
     restore()
@@ -435,9 +472,13 @@ def _factors(slots: list[int]) -> list[str]:
     return [f"b_factor{slot} = tl.load(x_factor{slot})" for slot in slots]
 
 
-def _weights(lse: str, masked: bool) -> list[str]:
+def _scale(kernel: _Kernel) -> str:
+    return "(scale * LOG2_E)" if kernel.log2 else "scale"
+
+
+def _weights(kernel: _Kernel, lse: str, masked: bool) -> list[str]:
     """b_p from b_s."""
-    lines = ["if SOFTCAP:", "    b_s = capped(b_s, softcap)", f"b_p = tl.exp2(b_s * LOG2_E - {lse})"]
+    lines = ["if SOFTCAP:", "    b_s = capped(b_s, softcap)", f"b_p = {kernel.power('b_s', lse)}"]
     return [*lines, "b_p = tl.where(m_s, b_p, 0.0)"] if masked else lines
 
 
@@ -518,7 +559,7 @@ def _column_loop(masked: bool, lists: bool, body: list[str]) -> str:
         blocks = f"{count} * {parts}"
         begin = [
             f"for step in range({blocks}):",
-            f"    block_query = tl.load({pointer} + step // {parts}) * MASK_M + step % {parts} * ({size} // HEADS)",
+            f"    block_query = read_index({pointer} + step // {parts}) * MASK_M + step % {parts} * ({size} // HEADS)",
         ]
     elif masked:
         begin = [
@@ -536,9 +577,9 @@ def _column_loop(masked: bool, lists: bool, body: list[str]) -> str:
 
 def dkdv_text(request: Request) -> str:
     """`mod_dkdv`: dK and dV of a tile of keys, and what each key sends to captured tensors."""
-    kernel = _Kernel(request)
+    kernel = _Kernel(request, "q")
     lists = request.lists
-    score = request.score
+    score = kernel.program
     sums = kernel.gradients("columns")
     slots = sorted({gradient.slot for _, gradient in sums})
     roots: list[Node] = []
@@ -574,7 +615,7 @@ def dkdv_text(request: Request) -> str:
     text += (
         _indent([] if request.packed else ["h = i_head"], 8)
         + "\n"
-        + _indent(_hoisted(kernel, roots, "b kv" if request.packed else "b h kv"), 8)
+        + _indent(_hoisted(kernel, roots, "b kv offset end" if request.packed else "b h kv offset end"), 8)
         + "\n"
     )
     restore = _snapshot(kernel)
@@ -622,24 +663,24 @@ def _column_body(
         f"o_q = block_query + {position}",
         f"m_q = o_q < {end}",
         f"b_lse = tl.load(p_lse + o_head * q_len + o_q{stat})",
-        'm_q = m_q & (b_lse > float("-inf"))' if bounded and lists else "",
         'b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2_E',
         f"b_q = load_tile(p_q + block_query.to(tl.int64) * stride_qs + (o_head * stride_qh + ({position}) * "
         f"stride_qs)[:, None] + o_d[None, :], m_q, o_d < HEAD_DIM, {bounded}, HEAD_DIM != BLOCK_D)",
-        "score = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale  # [BLOCK_N, rows]",
-        "q = tl.minimum(o_q, q_len - 1)[None, :]" if bounded else "q = o_q[None, :]",
+        f"score = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * {_scale(kernel)}  # [BLOCK_N, rows]",
+        "q = tl.minimum(o_q, q_len - 1)[None, :]" if bounded and kernel.reads_at("q") else "q = o_q[None, :]",
         "h = (i_head + o_head - i_group * HEADS)[None, :]" if request.packed else "",
     ]
     body = [line for line in body if line]
     if masked and kernel.mask is not None:
         body += _written(kernel.mask.statements([kernel.mask.program.out]))
-        body.append(f"m_s = (m_k[:, None] & m_q[None, :]) & ({kernel.mask.text(kernel.mask.program.out)})")
+        within = [] if kernel.score is None else ["m_k[:, None]", *([] if kernel.mask_ends else ["m_q[None, :]"])]
+        body.append(f"m_s = {' & '.join([*within, f'({kernel.mask.text(kernel.mask.program.out)})'])}")
     elif masked:
         body.append("m_s = (o_q[None, :] >= b_lo[:, None]) & (o_q[None, :] < b_hi[:, None])")
     elif request.ragged:
         body.append("m_s = m_k[:, None] & m_q[None, :]")
     body += _modified(kernel, roots, masked)
-    body += _weights("b_lse[None, :]", bounded)
+    body += _weights(kernel, "b_lse[None, :]", bounded)
     body += [
         f"b_do = load_tile(p_do + block_query.to(tl.int64) * stride_gs + (o_head * stride_gh + ({position}) * "
         f"stride_gs)[:, None] + o_dv[None, :], m_q, o_dv < V_DIM, {bounded}, V_DIM != BLOCK_DV)",

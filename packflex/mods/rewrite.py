@@ -1,0 +1,229 @@
+"""Programs in the form that is cheapest for a tile of rows and columns: same values, fewer operations an element."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from packflex.mods.nodes import INDICES, Builder, Node, Program
+
+LOG2_E = math.log2(math.e)
+
+
+_FAR = 1 << 30  # beyond every index, and far enough from overflow
+
+
+@dataclass(frozen=True)
+class TileMask:
+    """A mask's program for a kernel that walks blocks of one index.
+
+    `ends` says whether it hides what lies past "end", the length of the walked sequence, by itself.
+    """
+
+    program: Program
+    ends: bool
+
+
+def for_tiles(program: Program, walked: str) -> TileMask:
+    """A mask for a kernel that walks blocks of the index `walked`, "kv" or "q", for a tile of the other.
+
+    All comparisons that bound the walked index become one, with numbers that belong to the tile. `(q - kv) % d == n`
+    becomes a comparison of `kv % d` with a number of the tile; where the remainder is not compared, it becomes the
+    difference of two. The walked index's own remainder is made of those of "block", the block's first, and "offset",
+    the number in it. These, "end", and "place", the walked index that may lie past the end, are inputs of the program.
+    """
+    tiles = _ForTiles(walked)
+    out = tiles.conjunction(list(_conjuncts(program.out)), at_top=True)
+    return TileMask(dataclasses.replace(program, out=out), tiles.ends)
+
+
+class _ForTiles:
+    def __init__(self, walked: str) -> None:
+        self.walked = walked
+        self.ends = False
+        self.builder = Builder()
+        self._new: dict[int, Node] = {}
+        self._halves: dict[int, tuple[Node, Node, Node]] = {}
+
+    def of(self, node: Node) -> Node:
+        if id(node) not in self._new:
+            if node.op == "and" and node.dtype == torch.bool:
+                made = self.conjunction(list(_conjuncts(node)))
+            else:
+                args = tuple(map(self.of, node.args))
+                found = self._congruence(node, args) or self._remainder(node)
+                same = all(a is b for a, b in zip(args, node.args, strict=True))
+                made = found or (node if same else dataclasses.replace(node, args=args))
+            self._new[id(node)] = made
+        return self._new[id(node)]
+
+    def conjunction(self, parts: list[Node], at_top: bool = False) -> Node:
+        """All of the parts, those that bound the walked index as one."""
+        bounds = [(part, bound) for part in parts if (bound := self._bound(part)) is not None]
+        rest = parts
+        whole: list[Node] = []
+        if len(bounds) > 1 or (bounds and at_top):
+            low = [bound for _, (above, bound) in bounds if above]
+            high = [bound for _, (above, bound) in bounds if not above]
+            if at_top:
+                high.append(self._make("input", value="end"))
+                self.ends = True
+            lowest = self._joined("max", [self._number(0), *low])
+            end = self._joined("min", high or [self._number(_FAR)])
+            args = (self._make("input", value="place"), lowest, self._make("max", end, lowest))
+            whole.append(self.builder.make("in_range", args, torch.bool, where=bounds[0][0].where))
+            merged = {id(part) for part, _ in bounds}
+            rest = [part for part in parts if id(part) not in merged]
+        return self._joined("and", [*whole, *map(self.of, rest)])
+
+    def _joined(self, op: str, nodes: list[Node]) -> Node:
+        joined = nodes[0]
+        for node in nodes[1:]:
+            joined = self.builder.make(op, (joined, node), node.dtype, where=node.where)
+        return joined
+
+    def _make(self, op: str, *args: Node, value: Any = None, where: str = "") -> Node:
+        return self.builder.make(op, args, torch.int32, value, where)
+
+    def _number(self, value: int) -> Node:
+        return self.builder.constant(value, torch.int32)
+
+    def _bound(self, node: Node) -> tuple[bool, Node] | None:
+        """(True, least) or (False, end) for a comparison that bounds the walked index by a number of the tile."""
+        if node.op not in _MIRRORED or any(arg.dtype != torch.int32 for arg in node.args):
+            return None
+        for op, (left, right) in ((node.op, node.args), (_MIRRORED[node.op], node.args[::-1])):
+            if self.walked in right.deps:
+                continue
+            if self._is_walked(left):
+                bound = right
+            elif left.op == "sub" and self._is_walked(left.args[1]) and _is_index(left.args[0]):
+                op, bound = _MIRRORED[op], self._make("sub", left.args[0], self._near(right))
+            elif left.op == "sub" and self._is_walked(left.args[0]) and _is_index(left.args[1]):
+                bound = self._make("add", left.args[1], self._near(right))
+            else:
+                continue
+            if op in ("gt", "le"):  # of whole numbers: from the next one on, and before the next one
+                bound = self._make("add", self._near(bound), self._number(1))
+            return op in ("gt", "ge"), bound
+        return None
+
+    def _near(self, node: Node) -> Node:
+        if node.op == "constant" or _is_index(node):
+            return node
+        return self._make("max", self._make("min", node, self._number(_FAR)), self._number(-_FAR))
+
+    def _is_walked(self, node: Node) -> bool:
+        return node.op == "input" and node.value == self.walked
+
+    def _remainder(self, node: Node) -> Node | None:
+        """x - x // d * d for x = a - b, one of them the walked index and the other another."""
+        if node.op != "sub" or node.args[1].op != "mul" or node.args[1].args[0].op != "divided_by":
+            return None
+        x, product = node.args
+        quotient, divisor = product.args
+        if quotient.args[0] is not x or x.op != "sub" or not all(map(_is_index, x.args)):
+            return None
+        if sum(map(self._is_walked, x.args)) != 1:
+            return None
+        first, second = (self._left_over(a, quotient, divisor) for a in x.args)
+        made = self._raised(self._make("sub", first, second, where=node.where), divisor)
+        self._halves[id(made)] = (first, second, divisor)
+        return made
+
+    def _left_over(self, a: Node, quotient: Node, divisor: Node) -> Node:
+        """a % d for an index."""
+        if self._is_walked(a):
+            parts = (self._make("input", value=name) for name in ("block", "offset"))
+            first, second = (self._left_over(part, quotient, divisor) for part in parts)
+            return self._lowered(self._make("add", first, second, where=quotient.where), divisor)
+        whole = self._make("divided_by", a, *quotient.args[1:], where=quotient.where)
+        return self._make("sub", a, self._make("mul", whole, divisor), where=quotient.where)
+
+    def _raised(self, x: Node, divisor: Node) -> Node:
+        below = self.builder.make("lt", (x, self._number(0)), torch.bool)
+        return self._make("where", below, self._make("add", x, divisor), x)
+
+    def _lowered(self, x: Node, divisor: Node) -> Node:
+        above = self.builder.make("ge", (x, divisor), torch.bool)
+        return self._make("where", above, self._make("sub", x, divisor), x)
+
+    def _congruence(self, node: Node, args: tuple[Node, ...]) -> Node | None:
+        """A remainder that was taken apart, compared with a number of the tile: the walked half compared with one."""
+        if node.op not in ("eq", "ne"):
+            return None
+        for one, number in (args, args[::-1]):
+            if id(one) not in self._halves or self.walked in number.deps or number.dtype != torch.int32:
+                continue
+            first, second, divisor = self._halves[id(one)]
+            if self._is_of_block(second):
+                walked, other = second, self._raised(self._make("sub", first, number), divisor)
+            else:
+                walked, other = first, self._lowered(self._make("add", second, number), divisor)
+            less = self.builder.make("lt", (number, divisor), torch.bool)
+            possible = self.builder.make("and", (self.builder.make("ge", (number, self._number(0)), torch.bool), less),
+                                         torch.bool)  # fmt: skip
+            other = self._make("where", possible, other, self._number(-1))  # which no remainder is
+            return self.builder.make(node.op, (walked, other), torch.bool, where=node.where)
+        return None
+
+    def _is_of_block(self, node: Node) -> bool:
+        return "block" in node.deps
+
+
+def _conjuncts(node: Node) -> Iterator[Node]:
+    if node.op == "and" and node.dtype == torch.bool:
+        for arg in node.args:
+            yield from _conjuncts(arg)
+    else:
+        yield node
+
+
+_MIRRORED = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge"}
+
+
+def _is_index(node: Node) -> bool:
+    return node.op == "input" and node.value in INDICES
+
+
+def in_log2(program: Program) -> Program | None:
+    """A score mod that adds to the score, for scores given and wanted in units of log(2); None for other mods.
+
+    The softmax takes powers of two, so that a product's factor for it and the scale are one. The factor of what is
+    added goes to a row, a column or a number where there is one.
+    """
+    if any("score" in root.deps for root in program.roots() if root is not program.out):
+        return None
+    made = _added_in_log2(program.out, Builder())
+    return None if made is None or made is program.out else dataclasses.replace(program, out=made)
+
+
+def _added_in_log2(node: Node, builder: Builder) -> Node | None:
+    """A sum that holds the score once, with log2(e) times all else; None for what is no such sum."""
+    if node.op == "input" and node.value == "score":
+        return node
+    if node.op not in ("add", "sub"):
+        return None
+    first, second = node.args
+    if node.op == "add" and "score" in second.deps:
+        first, second = second, first
+    if "score" in second.deps or (score := _added_in_log2(first, builder)) is None:
+        return None
+    return builder.make(node.op, (score, _times_log2_e(second, builder)), node.dtype, where=node.where)
+
+
+def _times_log2_e(node: Node, builder: Builder) -> Node:
+    if node.is_full and node.op == "mul":
+        first, second = node.args
+        if not second.is_full:
+            first, second = second, first
+        if not first.is_full:
+            return builder.make("mul", (_times_log2_e(first, builder), second), node.dtype, where=node.where)
+    if node.is_full and node.op == "neg":
+        return builder.make("neg", (_times_log2_e(node.args[0], builder),), node.dtype, where=node.where)
+    return builder.make("mul", (node, builder.constant(LOG2_E, node.dtype)), node.dtype, where=node.where)

@@ -1,0 +1,131 @@
+"""Programs rewritten for tiles: the same values, and fewer operations an element."""
+
+import pytest
+import torch
+
+from packflex import masks
+from packflex.mods.evaluate import evaluate
+from packflex.mods.lifted import lift
+from packflex.mods.nodes import ordered
+from packflex.mods.rewrite import LOG2_E, for_tiles, in_log2
+
+Q_LEN, KV_LEN, BLOCK = 37, 53, 8
+FAR = 2**31 - 1
+LIMITS = torch.arange(Q_LEN, dtype=torch.int32) * 5 % 23
+
+
+def _with(**numbers):
+    """Masks of one number each, where the code has no literals."""
+    n = next(iter(numbers.values()))
+    return {
+        "least": lambda b, h, q, kv: (q - kv >= n) & (kv >= 2),
+        "past": lambda b, h, q, kv: (q - kv > n) & (q >= kv),
+        "most": lambda b, h, q, kv: (n >= q - kv) & (q >= kv),
+        "ahead": lambda b, h, q, kv: (kv - q < n) & (kv - q >= -3),
+        "congruent": lambda b, h, q, kv: ((q - kv) % 5 == n) & (q >= kv),
+        "incongruent": lambda b, h, q, kv: (kv - q) % 5 != n,
+    }[next(iter(numbers))]
+
+
+CASES = {
+    "dilated": masks.dilated_window(6, 3),
+    "strided": masks.strided(7, 3),
+    "global_window": masks.or_masks(masks.global_tokens(4), masks.sliding_window(9)),
+    "natten": masks.natten_2d(5, 9, 3),
+    "table": lambda b, h, q, kv: (kv < LIMITS[q]) & (kv > q - 30) & (kv % 3 != 1),
+    "table of keys": lambda b, h, q, kv: (q >= LIMITS[kv % Q_LEN]) & (kv <= q) & (kv > 3),
+    "remainder in sums": lambda b, h, q, kv: ((q - kv) % 7 + kv) % 2 == 0,
+    "two intervals": lambda b, h, q, kv: ((kv >= 3) & (kv < 9)) | ((kv <= q) & (q - kv < 4)),
+    "keys alone": lambda b, h, q, kv: kv < 11,
+    "one window at both ends": lambda b, h, q, kv: ((q - kv).abs() < 5) & (kv >= 2) & (kv < 40),
+} | {
+    f"{kind} {n}": _with(**{kind: n})
+    for kind in ("least", "past", "most", "ahead", "congruent", "incongruent")
+    for n in (-FAR, -7, -1, 0, 2, 4, 5, 9, FAR)
+}  # fmt: skip
+
+
+def _inputs(walked):
+    q, kv = torch.arange(Q_LEN, dtype=torch.int32)[:, None], torch.arange(KV_LEN + 9, dtype=torch.int32)[None, :]
+    if walked == "q":
+        q, kv = torch.arange(Q_LEN + 9, dtype=torch.int32)[:, None], torch.arange(KV_LEN, dtype=torch.int32)[None, :]
+    zero = torch.zeros((), dtype=torch.int32)
+    x = kv if walked == "kv" else q
+    end = torch.tensor(KV_LEN if walked == "kv" else Q_LEN, dtype=torch.int32)
+    return {
+        "b": zero,
+        "h": zero,
+        "q": q,
+        "kv": kv,
+        "block": x // BLOCK * BLOCK,
+        "offset": x % BLOCK,
+        "end": end,
+        "place": x,
+    }
+
+
+@pytest.mark.parametrize("walked", ["kv", "q"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_mask_for_tiles_sees_the_same(name, walked):
+    lifted = lift(CASES[name], "mask", torch.device("cpu"))
+    tiled = for_tiles(lifted.program, walked)
+    inputs = _inputs(walked)
+    inside = (inputs["q"] < Q_LEN) & (inputs["kv"] < KV_LEN)
+    if any(node.op == "read" for node in ordered([lifted.program.out])):
+        inputs |= {"q": inputs["q"].clamp(max=Q_LEN - 1), "kv": inputs["kv"].clamp(max=KV_LEN - 1)}
+    (whole,) = evaluate([lifted.program.out], inputs, lifted.captures, lifted.numbers)
+    (found,) = evaluate([tiled.program.out], inputs, lifted.captures, lifted.numbers)
+    whole, found = (x.expand(inside.shape) for x in (whole, found))
+    assert torch.equal(found & inside, whole & inside)
+    if tiled.ends:
+        assert not (found & ~inside).any()
+
+
+@pytest.mark.parametrize(("name", "most"), [("dilated", 3), ("strided", 6), ("global_window", 3)])
+@pytest.mark.parametrize("walked", ["kv", "q"])
+def test_few_operations_an_element_are_left(name, most, walked):
+    program = lift(CASES[name], "mask", torch.device("cpu")).program
+    walks = {walked, "block", "offset", "place"}
+
+    def count(out):
+        return sum(bool(node.deps & walks) and bool(node.deps - walks - {"end"}) for node in ordered([out]))
+
+    tiled = for_tiles(program, walked)
+    assert count(tiled.program.out) <= most < count(program.out)
+
+
+def test_what_hides_the_end_says_so():
+    device = torch.device("cpu")
+    assert for_tiles(lift(CASES["dilated"], "mask", device).program, "kv").ends
+    assert not for_tiles(lift(CASES["global_window"], "mask", device).program, "kv").ends
+
+
+def test_an_added_bias_is_in_log2_units():
+    slopes, table = torch.rand(4), torch.rand(4, Q_LEN, KV_LEN)
+
+    def mod(score, b, h, q, kv):
+        return score - slopes[h] * (q - kv).abs() * 0.5 + table[h, q, kv]
+
+    lifted = lift(mod, "score", torch.device("cpu"))
+    scaled = in_log2(lifted.program)
+    assert scaled is not None
+    inputs = _inputs("kv")
+    inputs |= {"kv": inputs["kv"].clamp(max=KV_LEN - 1), "h": torch.tensor(2), "score": torch.randn(Q_LEN, KV_LEN + 9)}
+    (natural,) = evaluate([lifted.program.out], inputs, lifted.captures, lifted.numbers)
+    inputs["score"] = inputs["score"] * LOG2_E
+    (found,) = evaluate([scaled.out], inputs, lifted.captures, lifted.numbers)
+    torch.testing.assert_close(found, natural * LOG2_E)
+
+
+@pytest.mark.parametrize(
+    "mod",
+    [
+        lambda score, b, h, q, kv: score * 2 + q,
+        lambda score, b, h, q, kv: q - score,
+        lambda score, b, h, q, kv: torch.where(q >= kv, score, -1.0),
+        lambda score, b, h, q, kv: score + score,
+        lambda score, b, h, q, kv: score,
+    ],
+)
+def test_other_mods_keep_natural_units(mod):
+    assert in_log2(lift(mod, "score", torch.device("cpu")).program) is None

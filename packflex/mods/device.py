@@ -109,6 +109,14 @@ def divided_by(x, divisor, magic, shift):
 
 
 @triton.jit
+def index_divided_by(x, magic, shift):
+    """`divided_by` of an int32 that is 0 or more."""
+    n = x.to(tl.uint32, bitcast=True)
+    high = tl.umulhi(n, n * 0 + magic.to(tl.uint32, bitcast=True))
+    return ((high + n) >> shift.to(tl.uint32)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def in_range(x, low, end):
     """Whether an int32 is from `low` up to and not including `end`, which is no less."""
     return (x - low).to(tl.uint32, bitcast=True) < (end - low).to(tl.uint32, bitcast=True)

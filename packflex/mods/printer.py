@@ -36,7 +36,8 @@ DEVICE = {
     "trunc", "atan2", "hypot", "copysign",
 }  # fmt: skip
 _FROM_DEVICE = sorted({
-    *DEVICE, "round_even", "power", "natural_log", "fast_log2", "read_elements", "read_index", "scatter",
+    *DEVICE, "round_even", "power", "natural_log", "fast_log2", "read_elements", "read_index", "index_divided_by",
+    "scatter",
     "scatter_tile",
 })  # fmt: skip
 
@@ -150,6 +151,8 @@ class Printer:
             return f"{function}({_typed(node.args[0], args[0])}, {args[1]})"
         if node.op == "truncdiv":
             return f"{args[0]} // {args[1]}"
+        if node.op == "divided_by" and _not_negative(node.args[0]):
+            return f"index_divided_by({args[0]}, {args[2]}, {args[3]})"
         function = node.op if node.op in DEVICE else _CALLS[node.op]
         if node.op == "where":
             return f"tl.where({_typed(node.args[0], args[0])}, {args[1]}, {args[2]})"
@@ -212,7 +215,12 @@ def _cast(node: Node, text: str) -> str:
 
 def _not_negative(node: Node) -> bool:
     """Whether an integer is known to be 0 or more."""
-    if node.op == "input" or node.dtype in (torch.uint8, torch.uint16, torch.uint32, torch.bool):
+    if (node.op == "input" and node.dtype == torch.int32) or node.dtype in (
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
+        torch.bool,
+    ):
         return True
     if node.op == "constant":
         return node.value >= 0

@@ -22,33 +22,36 @@ _FAR = 1 << 30  # beyond every index, and far enough from overflow
 class TileMask:
     """A mask's program for a kernel that walks blocks of one index.
 
-    `ends` says whether it hides what lies past "end", the length of the walked sequence, by itself.
+    `least` and `end` bound the walked index that a row (or column) of the tile can see, within the sequence; None for
+    masks that say no such thing, which then do not hide what lies past the sequence either.
     """
 
     program: Program
-    ends: bool
+    least: Node | None
+    end: Node | None
 
 
 def for_tiles(program: Program, walked: str) -> TileMask:
     """A mask for a kernel that walks blocks of the index `walked`, "kv" or "q", for a tile of the other.
 
     All comparisons that bound the walked index become one, with numbers that belong to the tile. `(q - kv) % d == n`
-    becomes a comparison of `kv % d` with a number of the tile; where the remainder is not compared, it becomes the
-    difference of two. The walked index's own remainder is made of those of "block", the block's first, and "offset",
-    the number in it. These, "end", and "place", the walked index that may lie past the end, are inputs of the program.
+    becomes a comparison of `offset % d` with a number of the row and block; where the remainder is not compared, it is
+    made of those of both. The walked index is the sum of "block", the block's first, and "offset", the number in it.
+    These, "end", and "place", the walked index that may lie past the end, are inputs of the program.
     """
     tiles = _ForTiles(walked)
     out = tiles.conjunction(list(_conjuncts(program.out)), at_top=True)
-    return TileMask(dataclasses.replace(program, out=out), tiles.ends)
+    return TileMask(dataclasses.replace(program, out=out), *tiles.bounds)
 
 
 class _ForTiles:
     def __init__(self, walked: str) -> None:
         self.walked = walked
-        self.ends = False
+        self.bounds: tuple[Node | None, Node | None] = (None, None)
         self.builder = Builder()
         self._new: dict[int, Node] = {}
         self._halves: dict[int, tuple[Node, Node, Node]] = {}
+        self._parts: dict[int, tuple[Node, Node]] = {}
 
     def of(self, node: Node) -> Node:
         if id(node) not in self._new:
@@ -72,10 +75,11 @@ class _ForTiles:
             high = [bound for _, (above, bound) in bounds if not above]
             if at_top:
                 high.append(self._make("input", value="end"))
-                self.ends = True
             lowest = self._joined("max", [self._number(0), *low])
             end = self._joined("min", high or [self._number(_FAR)])
             args = (self._make("input", value="place"), lowest, self._make("max", end, lowest))
+            if at_top:
+                self.bounds = args[1:]
             whole.append(self.builder.make("in_range", args, torch.bool, where=bounds[0][0].where))
             merged = {id(part) for part, _ in bounds}
             rest = [part for part in parts if id(part) not in merged]
@@ -141,7 +145,9 @@ class _ForTiles:
         if self._is_walked(a):
             parts = (self._make("input", value=name) for name in ("block", "offset"))
             first, second = (self._left_over(part, quotient, divisor) for part in parts)
-            return self._lowered(self._make("add", first, second, where=quotient.where), divisor)
+            whole = self._lowered(self._make("add", first, second, where=quotient.where), divisor)
+            self._parts[id(whole)] = (first, second)
+            return whole
         whole = self._make("divided_by", a, *quotient.args[1:], where=quotient.where)
         return self._make("sub", a, self._make("mul", whole, divisor), where=quotient.where)
 
@@ -161,19 +167,18 @@ class _ForTiles:
             if id(one) not in self._halves or self.walked in number.deps or number.dtype != torch.int32:
                 continue
             first, second, divisor = self._halves[id(one)]
-            if self._is_of_block(second):
-                walked, other = second, self._raised(self._make("sub", first, number), divisor)
+            if "block" in second.deps:
+                walked, wanted = second, self._raised(self._make("sub", first, number), divisor)
             else:
-                walked, other = first, self._lowered(self._make("add", second, number), divisor)
+                walked, wanted = first, self._lowered(self._make("add", second, number), divisor)
+            of_block, of_offset = self._parts[id(walked)]
+            wanted = self._raised(self._make("sub", wanted, of_block), divisor)
             less = self.builder.make("lt", (number, divisor), torch.bool)
             possible = self.builder.make("and", (self.builder.make("ge", (number, self._number(0)), torch.bool), less),
                                          torch.bool)  # fmt: skip
-            other = self._make("where", possible, other, self._number(-1))  # which no remainder is
-            return self.builder.make(node.op, (walked, other), torch.bool, where=node.where)
+            wanted = self._make("where", possible, wanted, self._number(-1))  # which no remainder is
+            return self.builder.make(node.op, (of_offset, wanted), torch.bool, where=node.where)
         return None
-
-    def _is_of_block(self, node: Node) -> bool:
-        return "block" in node.deps
 
 
 def _conjuncts(node: Node) -> Iterator[Node]:
@@ -191,30 +196,46 @@ def _is_index(node: Node) -> bool:
     return node.op == "input" and node.value in INDICES
 
 
-def in_log2(program: Program) -> Program | None:
+def in_log2(program: Program, less: bool = False) -> Program | None:
     """A score mod that adds to the score, for scores given and wanted in units of log(2); None for other mods.
 
     The softmax takes powers of two, so that a product's factor for it and the scale are one. The factor of what is
-    added goes to a row, a column or a number where there is one.
+    added goes to a row, a column or a number where there is one. With `less`, the input "lse" is taken away from the
+    sum before the score joins it: each term is then one multiplication with addition.
     """
     if any("score" in root.deps for root in program.roots() if root is not program.out):
         return None
-    made = _added_in_log2(program.out, Builder())
-    return None if made is None or made is program.out else dataclasses.replace(program, out=made)
+    terms = _added(program.out)
+    if not terms:
+        return None
+    builder = Builder()
+
+    def make(op: str, first: Node, second: Node) -> Node:
+        return builder.make(op, (first, second), program.out.dtype, where=program.out.where)
+
+    score = builder.make("input", (), program.out.dtype, value="score")
+    scaled = [(sign, _times_log2_e(term, builder)) for sign, term in terms]
+    if less:
+        scaled.append((-1, builder.make("input", (), program.out.dtype, value="lse")))
+    scaled.sort(key=lambda pair: -pair[0])
+    sign, total = scaled[0]
+    for other, term in scaled[1:]:
+        total = make("add" if other == sign else "sub", total, term)
+    return dataclasses.replace(program, out=make("add" if sign > 0 else "sub", score, total))
 
 
-def _added_in_log2(node: Node, builder: Builder) -> Node | None:
-    """A sum that holds the score once, with log2(e) times all else; None for what is no such sum."""
+def _added(node: Node) -> list[tuple[int, Node]] | None:
+    """The terms of a sum beside the score, with their signs; None for what is no sum with the score in it once."""
     if node.op == "input" and node.value == "score":
-        return node
+        return []
     if node.op not in ("add", "sub"):
         return None
     first, second = node.args
     if node.op == "add" and "score" in second.deps:
         first, second = second, first
-    if "score" in second.deps or (score := _added_in_log2(first, builder)) is None:
+    if "score" in second.deps or (terms := _added(first)) is None:
         return None
-    return builder.make(node.op, (score, _times_log2_e(second, builder)), node.dtype, where=node.where)
+    return [*terms, (1 if node.op == "add" else -1, second)]
 
 
 def _times_log2_e(node: Node, builder: Builder) -> Node:

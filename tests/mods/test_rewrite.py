@@ -77,27 +77,29 @@ def test_a_mask_for_tiles_sees_the_same(name, walked):
     (found,) = evaluate([tiled.program.out], inputs, lifted.captures, lifted.numbers)
     whole, found = (x.expand(inside.shape) for x in (whole, found))
     assert torch.equal(found & inside, whole & inside)
-    if tiled.ends:
+    if tiled.least is not None:
         assert not (found & ~inside).any()
+        least, end = evaluate([tiled.least, tiled.end], inputs, lifted.captures, lifted.numbers)
+        assert not (found & ((inputs[walked] < least) | (inputs[walked] >= end))).any()
 
 
 @pytest.mark.parametrize(("name", "most"), [("dilated", 3), ("strided", 6), ("global_window", 3)])
 @pytest.mark.parametrize("walked", ["kv", "q"])
 def test_few_operations_an_element_are_left(name, most, walked):
     program = lift(CASES[name], "mask", torch.device("cpu")).program
-    walks = {walked, "block", "offset", "place"}
+    walks = {walked, "offset", "place"}
 
     def count(out):
-        return sum(bool(node.deps & walks) and bool(node.deps - walks - {"end"}) for node in ordered([out]))
+        return sum(bool(node.deps & walks) and bool(node.deps - walks - {"end", "block"}) for node in ordered([out]))
 
     tiled = for_tiles(program, walked)
     assert count(tiled.program.out) <= most < count(program.out)
 
 
-def test_what_hides_the_end_says_so():
+def test_what_is_bounded_says_so():
     device = torch.device("cpu")
-    assert for_tiles(lift(CASES["dilated"], "mask", device).program, "kv").ends
-    assert not for_tiles(lift(CASES["global_window"], "mask", device).program, "kv").ends
+    assert for_tiles(lift(CASES["dilated"], "mask", device).program, "kv").least is not None
+    assert for_tiles(lift(CASES["global_window"], "mask", device).program, "kv").least is None
 
 
 def test_an_added_bias_is_in_log2_units():
@@ -115,6 +117,11 @@ def test_an_added_bias_is_in_log2_units():
     inputs["score"] = inputs["score"] * LOG2_E
     (found,) = evaluate([scaled.out], inputs, lifted.captures, lifted.numbers)
     torch.testing.assert_close(found, natural * LOG2_E)
+    less = in_log2(lifted.program, less=True)
+    assert less is not None
+    inputs["lse"] = torch.randn(Q_LEN, 1)
+    (found,) = evaluate([less.out], inputs, lifted.captures, lifted.numbers)
+    torch.testing.assert_close(found, natural * LOG2_E - inputs["lse"])
 
 
 @pytest.mark.parametrize(

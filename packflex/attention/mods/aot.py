@@ -56,7 +56,7 @@ def compile_mod_kernels(
     reports = []
     for name in ("forward", "dkdv", "dq"):
         gradients = name != "forward" and score is not None and bool(score.gradients)
-        tiles = candidate_tiles(name, dtype, head_dim, capability, softcap, long, score)
+        tiles = candidate_tiles(name, dtype, head_dim, capability, softcap, long, score, mask is not None)
         found: list[tuple[Tile, Compiled]] = []
         for tile in tiles:
             alone = gradients and score is not None and not templates.shares_heads(name, score)

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from packflex.attention.memory import new_bshd
 from packflex.attention.mods import templates
-from packflex.attention.triton.backward import _flex_bwd_delta_kernel
 from packflex.attention.triton.launch import (
     _PRECISION,
-    DELTA_ROWS,
     _capability,
     _check_runnable,
     _dims,
     _last_axis_contiguous,
     interpreted,
+    launch_statistics,
 )
 from packflex.attention.triton.tiles import KernelTiles, Tile, default_tiles, edge_rows, heads_per_tile
 from packflex.mods import source
@@ -35,6 +34,8 @@ _LEAN_DKDV, _LEAN_DQ = Tile(32, 128, 8, 3), Tile(128, 32, 8, 3)
 _LEAN_AMPERE = KernelTiles(Tile(64, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2))
 # Where a mod computes this many nodes for each element, 4 warps of 64 rows are faster than 8 of 128
 _BUSY, _BUSY_FORWARD = 3, Tile(64, 64, 4, 3)
+# Masks in list form are evaluated for each element: the fewer tiles, the less is repeated for each
+_LISTS_DQ = Tile(128, 64, 8, 3)
 # Registers a thread may spill in a tile that is taken all the same; more of them in tiles that were measured with them
 _FEW_SPILLS, _SOME_SPILLS = 8, 64
 _WORTH_SPILLS = {Tile(32, 64, 4, 3), _LEAN_DKDV, _BUSY_FORWARD}
@@ -161,15 +162,24 @@ def fitted_tile(tile: Tile, heads: int, mask_tile: tuple[int, int]) -> Tile:
 
 
 def candidate_tiles(
-    name: str, dtype: torch.dtype, head_dim: int, capability: int, softcap: bool, long: bool, score: Program | None
+    name: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: int,
+    softcap: bool,
+    long: bool,
+    score: Program | None,
+    lists: bool,
 ) -> list[Tile]:
     """Tiles of "forward", "dkdv" or "dq" to try in order: the tables', then leaner ones for mods of many registers."""
     kinds = ((softcap, long), (softcap, False), (True, False))
     tables = [default_tiles(dtype, head_dim, capability, *kind) for kind in kinds]
     tiles = list(dict.fromkeys(getattr(table, name) for table in tables))
     if dtype != torch.float32 and head_dim <= 128 and capability // 10 in (9, 10):
-        if name == "forward" and head_dim > 64 and long and _is_busy(score):
+        if name == "forward" and head_dim > 64 and (lists or (long and _is_busy(score))):
             tiles.insert(0, _BUSY_FORWARD)
+        if name == "dq" and head_dim > 64 and lists:
+            tiles.insert(0, _LISTS_DQ)
         if name != "forward":
             tiles.insert(2, {"dkdv": _LEAN_DKDV, "dq": _LEAN_DQ}[name])
     elif dtype != torch.float32 and head_dim <= 64:
@@ -187,7 +197,8 @@ def _is_busy(score: Program | None) -> bool:
 def _resolved(call: Call, name: str) -> list[Tile]:
     dim, capability = max(call.q.shape[3], call.v.shape[3]), _capability(call.q.device)
     score = None if call.score is None else call.score.program
-    tiles = candidate_tiles(name, call.q.dtype, dim, capability, call.softcap > 0, call.long_spans, score)
+    lists = call.mask is not None
+    tiles = candidate_tiles(name, call.q.dtype, dim, capability, call.softcap > 0, call.long_spans, score, lists)
     if call.tiles:
         at = {"forward": 0, "dkdv": 5, "dq": 10}[name]
         given = call.tiles[at : at + 5]
@@ -301,13 +312,7 @@ def launch_backward(
     batch, heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     grad_q, grad_k, grad_v = (new_bshd(x) for x in (q, k, v))
-    delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
-    _flex_bwd_delta_kernel[(triton.cdiv(q_len, DELTA_ROWS), heads, batch)](
-        out, grad_out, out if grad_lse is None else grad_lse, delta,
-        *out.stride()[:3], *grad_out.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
-        q_len, heads, V_DIM=v.shape[3], BLOCK_DV=_dims(q.shape[3], v.shape[3])["BLOCK_DV"], BLOCK_M=DELTA_ROWS,
-        HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
-    )  # fmt: skip
+    lse2, delta = launch_statistics(out, grad_out, grad_lse, lse)
     gradients = bool(wanted)
     captures = [] if call.score is None else call.score.captures
     one = torch.ones(1, dtype=torch.float32, device=q.device)
@@ -319,7 +324,7 @@ def launch_backward(
             found = _slots(call, places) if gradients else []
             return [x for slot in found for x in (sums[slot], factors.get(slot, one))]
 
-        shared = [q, k, v, grad_out, lse, delta]
+        shared = [q, k, v, grad_out, lse2, delta]
         fixed = [
             *shared, *q_blocks.tensors, grad_k, grad_v, *call.strides(), *grad_out.stride()[:3], *grad_k.stride()[:3],
             *grad_v.stride()[:3], *q_blocks.numbers(), q_len, kv_len, call.scale, call.softcap, *mods,

@@ -69,19 +69,25 @@ def with_header(what: str, body: str) -> str:
 class _Kernel:
     """One kernel in the making: its printers and its lines."""
 
-    def __init__(self, request: Request, walked: str) -> None:
+    def __init__(self, request: Request, walked: str, lse: str = "") -> None:
         self.request = request
         score = request.score
-        scaled = None if score is None or request.softcap else in_log2(score)
+        scaled = None if score is None or request.softcap else in_log2(score, less=bool(lse))
         # whether scores are in units of log(2), not in natural ones
         self.log2 = scaled is not None or (score is None and not request.softcap)
         self.program = score if scaled is None else scaled
+        self.less = "" if scaled is not None else lse  # what is still to be taken from the score
         self.score = None if self.program is None else Printer(self.program, "x")
+        if self.score is not None:
+            self.score.inputs = {"lse": lse}
         self.mask = None
-        self.mask_ends = False  # whether the mask hides what lies past the walked sequence by itself
+        self.bounds: tuple[Node, Node] | None = None  # of what each row (column) sees; see `TileMask`
+        self.skips = False  # whether parts of blocks that lie outside them are skipped
         if request.mask is not None:
             tiled = for_tiles(request.mask, walked)
-            self.mask, self.mask_ends = Printer(tiled.program, "m"), tiled.ends
+            self.mask = Printer(tiled.program, "m")
+            if tiled.least is not None and tiled.end is not None:
+                self.bounds, self.skips = (tiled.least, tiled.end), True
             rows = "o_e // HEADS" if request.packed else "o_e"
             if walked == "kv":
                 names = {"block": "block_key", "offset": "o_n[None, :]", "place": "o_k[None, :]", "end": "kv_len"}
@@ -105,7 +111,9 @@ class _Kernel:
         return any(node.op == "read" and index in node.deps for node in nodes)
 
     def power(self, score: str, less: str) -> str:
-        """exp(score) over 2 to the power of `less`, which is in units of log(2)."""
+        """exp(score) over 2 to the power of `less`, which is in units of log(2); nothing where it is empty."""
+        if not less:
+            return f"tl.exp2({score})"
         return f"tl.exp2({score} - {less})" if self.log2 else f"tl.exp2({score} * LOG2_E - {less})"
 
     def gradient_slots(self) -> list[int]:
@@ -228,11 +236,27 @@ _LISTS = """
 """
 
 
-def _row_loop(masked: bool, lists: bool, body: list[str]) -> str:
-    if lists:
+def _unseen_parts(kernel: _Kernel, rows: str, mask_size: str, size: str, parts: str, count: str) -> list[str]:
+    """How many parts of the first and of the last partly visible block no row (column) of the tile can see."""
+    if not kernel.skips or kernel.bounds is None or kernel.mask is None:
+        return []
+    least, end = map(kernel.mask.text, kernel.bounds)
+    return [
+        f"least_seen = tl.min(tl.zeros([{rows}], tl.int32) + ({least}))",
+        f"end_seen = tl.max(tl.zeros([{rows}], tl.int32) + ({end}))",
+        f"end_last = read_index(p_partial + tl.maximum({count} - 1, 0)) * {mask_size} + {mask_size}",
+        f"skipped = tl.maximum(least_seen - read_index(p_partial) * {mask_size}, 0) // ({size})",
+        f"skipped = tl.minimum(skipped, {parts} - 1)",
+        f"left_out = tl.minimum(tl.maximum(end_last - end_seen, 0) // ({size}), {parts} - 1)",
+    ]
+
+
+def _row_loop(kernel: _Kernel, masked: bool, body: list[str]) -> str:
+    if kernel.request.lists:
         count, pointer = ("partial_blocks", "p_partial") if masked else ("full_blocks", "p_full")
+        some = "skipped, partial_blocks - left_out" if masked and kernel.skips else count
         begin = [
-            f"for step in range({count}):",
+            f"for step in range({some}):",
             f"    block_key = read_index({pointer} + step // PARTS) * MASK_N + step % PARTS * BLOCK_N",
         ]
     elif masked:
@@ -269,7 +293,7 @@ def _row_scores(kernel: _Kernel, masked: bool, roots: list[Node]) -> list[str]:
         # without a mod rows past the last hold zeros, and what comes of them is not stored
         within = [
             *(["m_row[:, None]"] if kernel.score is not None else []),
-            *([] if kernel.mask_ends else ["m_k[None, :]"]),
+            *([] if kernel.bounds is not None else ["m_k[None, :]"]),
         ]
         lines.append(f"m_s = {' & '.join([*within, f'({kernel.mask.text(kernel.mask.program.out)})'])}")
     elif masked:
@@ -323,7 +347,7 @@ def forward_text(request: Request) -> str:
     constants = _CONSTANTS + " HAS_SINKS: tl.constexpr," + (_LIST_CONSTANTS if lists else "")
     text = _definition("mod_forward", fixed, kernel, [], constants) + _ROWS
     text += _row_walk(lists)
-    text += _indent(_hoisted(kernel, roots, "b h q offset end"), 4)
+    text += _indent(_hoisted(kernel, roots, "b h q offset end") + _unseen_rows(kernel), 4)
     text += """
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
@@ -355,7 +379,7 @@ def forward_text(request: Request) -> str:
             "V_DIM != BLOCK_DV)",
         ]
         body += ["b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)", "b_m = b_m_new"]
-        text += _row_loop(masked, lists, body) + "\n"
+        text += _row_loop(kernel, masked, body) + "\n"
     if kernel.log2:
         text += "    b_m = b_m * LN_2\n"
     return (
@@ -379,6 +403,10 @@ def forward_text(request: Request) -> str:
     )
 
 
+def _unseen_rows(kernel: _Kernel) -> list[str]:
+    return _unseen_parts(kernel, "BLOCK_M, 1", "MASK_N", "BLOCK_N", "PARTS", "partial_blocks // PARTS")
+
+
 def _row_walk(lists: bool) -> str:
     if not lists:
         return _ROW_INTERVALS
@@ -388,7 +416,7 @@ def _row_walk(lists: bool) -> str:
 
 def dq_text(request: Request) -> str:
     """`mod_dq`: dQ of one tile, and what its rows and elements send to captured tensors."""
-    kernel = _Kernel(request, "kv")
+    kernel = _Kernel(request, "kv", "b_lse[:, None]")
     lists = request.lists
     score = kernel.program
     row_sums, tile_sums = kernel.gradients("rows"), kernel.gradients("tile")
@@ -399,7 +427,7 @@ def dq_text(request: Request) -> str:
         sums = [node for _, g in (*row_sums, *tile_sums) for node in (*g.indices, g.value)]
         roots = [score.out, score.grad_score, *sums]
     fixed = (
-        f"Q, K, V, GRAD_OUT, LSE, DELTA, {_walk_parameters(lists, 'KV')} GRAD_Q,\n"
+        f"Q, K, V, GRAD_OUT, LSE2, DELTA, {_walk_parameters(lists, 'KV')} GRAD_Q,\n"
         "    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,\n"
         "    stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs,\n"
         f"    {_walk_numbers(lists)} q_len, kv_len, scale, softcap,"
@@ -411,11 +439,10 @@ def dq_text(request: Request) -> str:
     p_do = GRAD_OUT + i_b * stride_gb + o_head64 * stride_gh + o_pos64 * stride_gs + o_dv[None, :]
     b_do = tl.load(p_do, mask=m_row[:, None] & (o_dv < V_DIM)[None, :], other=0.0)
     o_stat = (i_b * num_heads + o_head) * q_len + o_pos
-    b_lse = tl.load(LSE + o_stat, mask=m_row, other=float("-inf"))
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2_E  # rows that see nothing have weights of 0
+    b_lse = tl.load(LSE2 + o_stat, mask=m_row, other=float("inf"))  # in units of log(2); rows that see nothing: inf
     b_delta = tl.load(DELTA + o_stat, mask=m_row, other=0.0)
 """
-    text += _indent(_factors(slots) + _hoisted(kernel, roots, "b h q offset end"), 4)
+    text += _indent(_factors(slots) + _hoisted(kernel, roots, "b h q offset end") + _unseen_rows(kernel), 4)
     text += "\n    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)\n"
     text += "".join(f"    b_sum{n} = tl.zeros([BLOCK_M], tl.float32)\n" for n, _ in row_sums)
     restore = _snapshot(kernel)
@@ -425,7 +452,7 @@ def dq_text(request: Request) -> str:
         body = _row_scores(kernel, masked, roots)
         if request.ragged and not masked:
             body.append("m_s = m_row[:, None] & m_k[None, :]")
-        body += _weights(kernel, "b_lse[:, None]", masked or request.ragged)
+        body += _weights(kernel, masked or request.ragged)
         body.append(
             f"b_v = load_tile(p_vn + o_n[:, None] * stride_vs + o_dv[None, :], m_k, o_dv < V_DIM, {tail}, "
             "V_DIM != BLOCK_DV)"
@@ -444,7 +471,7 @@ def dq_text(request: Request) -> str:
                 f"scatter_tile(x_sum{gradient.slot}, {offset}, {value}, {seen}, b_factor{gradient.slot}, GRAD_MODE, 32)"
             )
         body.append("b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)")
-        text += _row_loop(masked, lists, body) + "\n"
+        text += _row_loop(kernel, masked, body) + "\n"
     restore()
     text += """
     p_dq = GRAD_Q + i_b * stride_dqb + o_head64 * stride_dqh + o_pos64 * stride_dqs + o_d[None, :]
@@ -476,9 +503,9 @@ def _scale(kernel: _Kernel) -> str:
     return "(scale * LOG2_E)" if kernel.log2 else "scale"
 
 
-def _weights(kernel: _Kernel, lse: str, masked: bool) -> list[str]:
+def _weights(kernel: _Kernel, masked: bool) -> list[str]:
     """b_p from b_s."""
-    lines = ["if SOFTCAP:", "    b_s = capped(b_s, softcap)", f"b_p = {kernel.power('b_s', lse)}"]
+    lines = ["if SOFTCAP:", "    b_s = capped(b_s, softcap)", f"b_p = {kernel.power('b_s', kernel.less)}"]
     return [*lines, "b_p = tl.where(m_s, b_p, 0.0)"] if masked else lines
 
 
@@ -527,7 +554,7 @@ _COLUMNS = """
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     p_q = Q + i_b * stride_qb + i_kv * GROUP * stride_qh
     p_do = GRAD_OUT + i_b * stride_gb + i_kv * GROUP * stride_gh
-    p_lse = LSE + (i_b * num_heads + i_kv * GROUP) * q_len
+    p_lse = LSE2 + (i_b * num_heads + i_kv * GROUP) * q_len
     p_delta = DELTA + (i_b * num_heads + i_kv * GROUP) * q_len
     b = tl.program_id(2)
     kv = tl.minimum(o_k, kv_len - 1)[:, None]
@@ -552,13 +579,15 @@ _COLUMN_INTERVALS = """
 """
 
 
-def _column_loop(masked: bool, lists: bool, body: list[str]) -> str:
-    if lists:
+def _column_loop(kernel: _Kernel, masked: bool, body: list[str]) -> str:
+    if kernel.request.lists:
         count, pointer = ("partial_blocks", "p_partial") if masked else ("full_blocks", "p_full")
         size, parts = ("EDGE_M", "EDGE_PARTS") if masked else ("BLOCK_M", "PARTS")
-        blocks = f"{count} * {parts}"
+        some = f"{count} * {parts}"
+        if masked and kernel.skips:
+            some = f"skipped, {some} - left_out"
         begin = [
-            f"for step in range({blocks}):",
+            f"for step in range({some}):",
             f"    block_query = read_index({pointer} + step // {parts}) * MASK_M + step % {parts} * ({size} // HEADS)",
         ]
     elif masked:
@@ -577,7 +606,7 @@ def _column_loop(masked: bool, lists: bool, body: list[str]) -> str:
 
 def dkdv_text(request: Request) -> str:
     """`mod_dkdv`: dK and dV of a tile of keys, and what each key sends to captured tensors."""
-    kernel = _Kernel(request, "q")
+    kernel = _Kernel(request, "q", "b_lse[None, :]")
     lists = request.lists
     score = kernel.program
     sums = kernel.gradients("columns")
@@ -587,7 +616,7 @@ def dkdv_text(request: Request) -> str:
         assert score.grad_score is not None
         roots = [score.out, score.grad_score, *(node for _, g in sums for node in (*g.indices, g.value))]
     fixed = (
-        f"Q, K, V, GRAD_OUT, LSE, DELTA, {_walk_parameters(lists, 'Q')} GRAD_K, GRAD_V,\n"
+        f"Q, K, V, GRAD_OUT, LSE2, DELTA, {_walk_parameters(lists, 'Q')} GRAD_K, GRAD_V,\n"
         "    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,\n"
         "    stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,\n"
         f"    {_walk_numbers(lists)} q_len, kv_len, scale, softcap,"
@@ -612,16 +641,23 @@ def dkdv_text(request: Request) -> str:
         )
         text += walk.lstrip("\n")
     text += _indent([f"b_sum{n} = tl.zeros([BLOCK_N], tl.float32)" for n, _ in sums], 8) + "\n"
+    early = "b kv offset end" if request.packed else "b h kv offset end"
+    if kernel.bounds is not None and not all(map(_within(early), kernel.bounds)):
+        kernel.skips = False  # a bound of each head, where a tile holds several
     text += (
         _indent([] if request.packed else ["h = i_head"], 8)
         + "\n"
-        + _indent(_hoisted(kernel, roots, "b kv offset end" if request.packed else "b h kv offset end"), 8)
+        + _indent(
+            _hoisted(kernel, roots, early)
+            + _unseen_parts(kernel, "BLOCK_N, 1", "MASK_M", "EDGE_M // HEADS", "EDGE_PARTS", "partial_blocks"),
+            8,
+        )
         + "\n"
     )
     restore = _snapshot(kernel)
     for masked in (True, False):
         restore()
-        text += _column_loop(masked, lists, _column_body(kernel, masked, roots, sums)) + "\n"
+        text += _column_loop(kernel, masked, _column_body(kernel, masked, roots, sums)) + "\n"
     restore()
     for n, gradient in sums:
         assert kernel.score is not None
@@ -654,7 +690,7 @@ def _column_body(
     rows = "o_e" if masked else "o_m"
     bounded = masked or request.ragged
     end = "q_len" if lists else "end_query"
-    stat = ", mask=m_q, other=float('-inf')" if bounded else ""
+    stat = ", mask=m_q, other=float('inf')" if bounded else ""
     delta = ", mask=m_q, other=0.0" if bounded else ""
     # within the KV group; with one head a tile its offset is one number, which leaves registers free
     head, position = (f"i_group * HEADS + {rows} % HEADS", f"{rows} // HEADS") if request.packed else ("i_group", rows)
@@ -663,7 +699,6 @@ def _column_body(
         f"o_q = block_query + {position}",
         f"m_q = o_q < {end}",
         f"b_lse = tl.load(p_lse + o_head * q_len + o_q{stat})",
-        'b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2_E',
         f"b_q = load_tile(p_q + block_query.to(tl.int64) * stride_qs + (o_head * stride_qh + ({position}) * "
         f"stride_qs)[:, None] + o_d[None, :], m_q, o_d < HEAD_DIM, {bounded}, HEAD_DIM != BLOCK_D)",
         f"score = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * {_scale(kernel)}  # [BLOCK_N, rows]",
@@ -673,14 +708,16 @@ def _column_body(
     body = [line for line in body if line]
     if masked and kernel.mask is not None:
         body += _written(kernel.mask.statements([kernel.mask.program.out]))
-        within = [] if kernel.score is None else ["m_k[:, None]", *([] if kernel.mask_ends else ["m_q[None, :]"])]
+        within = (
+            [] if kernel.score is None else ["m_k[:, None]", *([] if kernel.bounds is not None else ["m_q[None, :]"])]
+        )
         body.append(f"m_s = {' & '.join([*within, f'({kernel.mask.text(kernel.mask.program.out)})'])}")
     elif masked:
         body.append("m_s = (o_q[None, :] >= b_lo[:, None]) & (o_q[None, :] < b_hi[:, None])")
     elif request.ragged:
         body.append("m_s = m_k[:, None] & m_q[None, :]")
     body += _modified(kernel, roots, masked)
-    body += _weights(kernel, "b_lse[None, :]", bounded)
+    body += _weights(kernel, bounded)
     body += [
         f"b_do = load_tile(p_do + block_query.to(tl.int64) * stride_gs + (o_head * stride_gh + ({position}) * "
         f"stride_gs)[:, None] + o_dv[None, :], m_q, o_dv < V_DIM, {bounded}, V_DIM != BLOCK_DV)",

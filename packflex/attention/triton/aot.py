@@ -116,7 +116,7 @@ def compile_for(
             signature[name] = "constexpr"
         elif name in types:
             signature[name] = types[name]
-        elif name in ("LSE", "DELTA", "GRAD_LSE", "SINKS"):
+        elif name in ("LSE", "LSE2", "DELTA", "GRAD_LSE", "SINKS"):
             signature[name] = "*fp32"
         elif name.endswith(("_LO", "_HI", "NUM_BLOCKS", "INDICES")):
             signature[name] = "*i32"

@@ -16,12 +16,15 @@ from packflex.attention.triton.forward import LOG2_E, capped, load_tile, tile_ro
 
 @triton.jit
 def _flex_bwd_delta_kernel(
-    OUT, GRAD_OUT, GRAD_LSE, DELTA,
+    OUT, GRAD_OUT, GRAD_LSE, LSE, DELTA, LSE2,
     stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, stride_lb, stride_lh, stride_ls,
     q_len, num_heads,
     V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
-    """delta = sum(grad_out * out) - grad_lse of BLOCK_M positions of one head."""
+    """delta = sum(grad_out * out) - grad_lse of BLOCK_M positions of one head, and lse in units of log(2).
+
+    The lse of rows that see nothing becomes +inf: whatever their score, its weight is 0.
+    """
     o_pos = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_h = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
@@ -36,7 +39,10 @@ def _flex_bwd_delta_kernel(
     if HAS_GRAD_LSE:
         p_l = GRAD_LSE + i_b * stride_lb + i_h * stride_lh + o_pos.to(tl.int64) * stride_ls
         b_delta -= tl.load(p_l, mask=m_row, other=0.0).to(tl.float32)
-    tl.store(DELTA + (i_b * num_heads + i_h) * q_len + o_pos, b_delta, mask=m_row)
+    o_stat = (i_b * num_heads + i_h) * q_len + o_pos
+    tl.store(DELTA + o_stat, b_delta, mask=m_row)
+    b_lse = tl.load(LSE + o_stat, mask=m_row, other=0.0)
+    tl.store(LSE2 + o_stat, tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E), mask=m_row)
 
 
 @triton.jit
@@ -64,9 +70,9 @@ def _dkdv_blocks(
         o_dom = o_head * stride_gh + (o_r // HEADS) * stride_gs
         b_q = load_tile(p_qm + o_qm[:, None] + o_d[None, :], m_q, o_d < HEAD_DIM, MASKED, HEAD_DIM != BLOCK_D)
         if MASKED:
-            b_lse = tl.load(p_lse + o_head * q_len + o_q, mask=m_q, other=0.0) * LOG2_E
+            b_lse = tl.load(p_lse + o_head * q_len + o_q, mask=m_q, other=float("inf"))
         else:
-            b_lse = tl.load(p_lse + o_head * q_len + o_q) * LOG2_E
+            b_lse = tl.load(p_lse + o_head * q_len + o_q)
         b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if SOFTCAP:
             b_cap = capped(b_st * scale, softcap)
@@ -92,7 +98,7 @@ def _dkdv_blocks(
 
 @triton.jit
 def _flex_bwd_dkdv_kernel(
-    Q, K, V, GRAD_OUT, LSE, DELTA, Q_LO, Q_HI, GRAD_K, GRAD_V,
+    Q, K, V, GRAD_OUT, LSE2, DELTA, Q_LO, Q_HI, GRAD_K, GRAD_V,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
     stride_ib, stride_is, q_len, kv_len, num_heads, scale, softcap,
@@ -137,7 +143,7 @@ def _flex_bwd_dkdv_kernel(
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     p_q = Q + i_b * stride_qb + i_kv * GROUP * stride_qh
     p_do = GRAD_OUT + i_b * stride_gb + i_kv * GROUP * stride_gh
-    p_lse = LSE + (i_b * num_heads + i_kv * GROUP) * q_len
+    p_lse = LSE2 + (i_b * num_heads + i_kv * GROUP) * q_len
     p_delta = DELTA + (i_b * num_heads + i_kv * GROUP) * q_len
     for i_group in range(GROUP // HEADS):
         b_dk, b_dv = _dkdv_blocks(
@@ -203,7 +209,7 @@ def _dq_blocks(
 
 @triton.jit
 def _flex_bwd_dq_kernel(
-    Q, K, V, GRAD_OUT, LSE, DELTA, KV_LO, KV_HI, GRAD_Q,
+    Q, K, V, GRAD_OUT, LSE2, DELTA, KV_LO, KV_HI, GRAD_Q,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_ib, stride_is,
     q_len, num_heads, scale, softcap,
@@ -241,7 +247,7 @@ def _flex_bwd_dq_kernel(
     p_do = GRAD_OUT + i_b * stride_gb + o_head64 * stride_gh + o_pos64 * stride_gs + o_dv[None, :]
     b_do = tl.load(p_do, mask=m_row[:, None] & (o_dv < V_DIM)[None, :], other=0.0)
     o_stat = (i_b * num_heads + o_head) * q_len + o_pos
-    b_lse = tl.load(LSE + o_stat, mask=m_row, other=0.0) * LOG2_E
+    b_lse = tl.load(LSE2 + o_stat, mask=m_row, other=float("inf"))
     b_delta = tl.load(DELTA + o_stat, mask=m_row, other=0.0)
     p_k = K + i_b * stride_kb + i_kv * stride_kh
     p_v = V + i_b * stride_vb + i_kv * stride_vh

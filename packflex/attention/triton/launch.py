@@ -71,22 +71,14 @@ def launch_backward(
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
     grad_q, grad_k, grad_v = (new_bshd(x) for x in (q, k, v))
-    delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
+    lse2, delta = launch_statistics(out, grad_out, grad_lse, lse)
     tiles = resolve_tiles(tile_list, q.dtype, max(head_dim, v_dim), _capability(q.device), softcap > 0, long_spans)
     dims = _dims(head_dim, v_dim)
-
-    _flex_bwd_delta_kernel[(triton.cdiv(q_len, DELTA_ROWS), heads, batch)](
-        out, grad_out, out if grad_lse is None else grad_lse, delta,
-        *out.stride()[:3], *grad_out.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
-        q_len, heads,
-        V_DIM=v_dim, BLOCK_DV=dims["BLOCK_DV"], BLOCK_M=DELTA_ROWS, HAS_GRAD_LSE=grad_lse is not None,
-        num_warps=4,
-    )  # fmt: skip
 
     group = heads // kv_heads
     packed = heads_per_tile(group, tiles.dkdv)
     _flex_bwd_dkdv_kernel[(triton.cdiv(kv_len, tiles.dkdv.block_n), kv_heads, batch)](
-        q, k, v, grad_out, lse, delta, q_intervals[0], q_intervals[1], grad_k, grad_v,
+        q, k, v, grad_out, lse2, delta, q_intervals[0], q_intervals[1], grad_k, grad_v,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
         *grad_k.stride()[:3], *grad_v.stride()[:3], *q_intervals.stride()[1:],
         q_len, kv_len, heads, scale, softcap,
@@ -97,7 +89,7 @@ def launch_backward(
 
     packed = heads_per_tile(group, tiles.dq)
     _flex_bwd_dq_kernel[(triton.cdiv(q_len * packed, tiles.dq.block_m), heads // packed, batch)](
-        q, k, v, grad_out, lse, delta, kv_intervals[0], kv_intervals[1], grad_q,
+        q, k, v, grad_out, lse2, delta, kv_intervals[0], kv_intervals[1], grad_q,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3],
         *kv_intervals.stride()[1:], q_len, heads, scale, softcap,
         GROUP=group, HEADS=packed, **dims, BLOCK_M=tiles.dq.block_m, BLOCK_N=tiles.dq.block_n,
@@ -105,6 +97,20 @@ def launch_backward(
         num_warps=tiles.dq.num_warps, num_stages=tiles.dq.num_stages,
     )  # fmt: skip
     return grad_q, grad_k, grad_v, delta
+
+
+def launch_statistics(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """What the backward kernels read of each row: lse in units of log(2), and delta; float32 [B, Hq, S] both."""
+    batch, heads, q_len, v_dim = out.shape
+    lse2, delta = torch.empty((2, batch, heads, q_len), dtype=torch.float32, device=out.device)
+    _flex_bwd_delta_kernel[(triton.cdiv(q_len, DELTA_ROWS), heads, batch)](
+        out, grad_out, out if grad_lse is None else grad_lse, lse, delta, lse2,
+        *out.stride()[:3], *grad_out.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
+        q_len, heads,
+        V_DIM=v_dim, BLOCK_DV=_dims(v_dim, v_dim)["BLOCK_DV"], BLOCK_M=DELTA_ROWS, HAS_GRAD_LSE=grad_lse is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return lse2, delta
 
 
 def interpreted() -> bool:

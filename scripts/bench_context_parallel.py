@@ -359,11 +359,12 @@ def work(rank: int, ranks: int, arguments: argparse.Namespace) -> None:
             for method, found in model_steps(bench, row).items():
                 keep(method, "mixed", row, found)
     gc.collect()
-    for kind, row in cases if arguments.torch else ():
-        problem = bench.problem(kind, row)
-        answer(bench, problem)
-        attempt("torch_flex", torch_flex, problem)
-        attempt("torch_sdpa", torch_sdpa, problem)
+    others = (("torch_sdpa", torch_sdpa), ("torch_flex", torch_flex))  # the second compiles for a minute
+    for method, run in others if arguments.torch else ():
+        for kind, row in cases:
+            problem = bench.problem(kind, row)
+            answer(bench, problem)
+            attempt(method, run, problem)
 
 
 def table(results: list[dict[str, Any]]) -> str:

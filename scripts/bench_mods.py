@@ -16,8 +16,10 @@ for what its compiler loads as well.
 
 Start: the same first call in two processes, one after the other over one cold cache: what a second process still pays.
 
-Masks: `create_block_mask` of both (torch's compiled), in both directions, from call to end and in
-kernels alone, with the peak of memory above what was in use; the visited tiles must be the same.
+Masks: `create_block_mask` of both (torch's compiled), in both directions, from call to end (clock, waiting for the
+device) and in kernels alone, with the peak of memory above what was in use; the visited tiles must be the same.
+packflex keeps masks that hold no tensor, and then makes nothing: `packflex, anew` is told to forget them before each
+call.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import gc
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -43,6 +46,7 @@ from bench_attention import kernel_us, median_ms, versions
 from torch import Tensor
 
 from packflex import PackedLayout, create_block_mask, flex_attention, masks, score_mods
+from packflex.masks.kept import forget
 
 NAN = float("nan")
 PEERS = ["packflex", "torch"]
@@ -199,9 +203,15 @@ def measure_attention(
         expected.extend(results)
     del results
     if backward:
-        result.backward_ms = median_ms(
-            lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True), device, options.repeats
-        )
+
+        def gradients() -> Any:
+            return torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+        start = time.perf_counter()
+        gradients()
+        wait()
+        slow = time.perf_counter() - start > 0.5  # torch's sums of captured gradients take seconds
+        result.backward_ms = median_ms(gradients, device, 3 if slow else options.repeats)
     with torch.no_grad():
         result.forward_ms = median_ms(lambda: run(q, k, v), device, options.repeats)
     return result
@@ -221,6 +231,8 @@ def measure_mask(name: str, peer: str, case: Case, options: argparse.Namespace, 
     def build() -> Any:
         if peer == "torch":
             return compiled(case.mask_mod, *shape, device=options.device)
+        if peer != "packflex":
+            forget()
         mask = create_block_mask(case.mask_mod, *shape, device=options.device)
         if mask.kv_intervals is None:
             _ = mask.q_indices, mask.full_q_indices  # made when asked for; torch makes them at once
@@ -237,7 +249,7 @@ def measure_mask(name: str, peer: str, case: Case, options: argparse.Namespace, 
     if expected and not torch.equal(visited, expected[0]):
         result.note = "visits other tiles than the first peer"
     expected.append(visited)
-    result.build_ms = median_ms(build, device, options.repeats)
+    result.build_ms = _clock_ms(build, device, options.repeats)
     if device.type == "cuda":
         result.kernels_ms = kernel_us(build, options.repeats) / 1e3
         torch.cuda.synchronize()
@@ -246,6 +258,20 @@ def measure_mask(name: str, peer: str, case: Case, options: argparse.Namespace, 
         build()
         result.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
     return result
+
+
+def _clock_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median milliseconds from the call until the device has done."""
+    taken = []
+    for _ in range(repeats + 3):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(taken[3:])
 
 
 def first_call(name: str, options: argparse.Namespace) -> tuple[float, float]:
@@ -419,6 +445,8 @@ def main() -> int:
                 continue
             case, expected = build(), []
             peers = [peer for peer in options.peers if part == "attention" or peer in PEERS]
+            if part == "masks" and "packflex" in peers:
+                peers.insert(peers.index("packflex") + 1, "packflex, anew")
             for peer in peers:
                 try:
                     result = measure(name, peer, case, options, expected)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from packflex.masks.block_mask import DEFAULT_BLOCK_SIZE, BlockLists, BlockMask, MaskMod, _tile_pair, lists_of_tiles
+from packflex.masks.kept import kept
 from packflex.masks.recognise import recognised_intervals
 from packflex.mods.evaluate import evaluate
 from packflex.mods.lifted import Lifted, lift
@@ -77,9 +78,12 @@ def create_block_mask(
     if _has_kernel(device):
         from packflex.masks.tile_kernel import launch_tile_lists  # Triton only where it runs
 
-        kv_lists, q_lists = launch_tile_lists(lifted, shape, tile, device)
+        kv_lists, q_lists = kept(
+            lifted, device, ("lists", shape, tile), lambda: launch_tile_lists(lifted, shape, tile, device)
+        )
         return BlockMask((Q_LEN, KV_LEN), tile, mask_mod, kv_lists=kv_lists, q_lists=q_lists)
-    return _mask_of_lists(shape, tile, mask_mod, _tiles_by_rows(mask_mod, lifted, shape, tile, device))
+    lists = kept(lifted, device, ("rows", shape, tile), lambda: _tiles_by_rows(mask_mod, lifted, shape, tile, device))
+    return _mask_of_lists(shape, tile, mask_mod, lists)
 
 
 def _has_kernel(device: torch.device) -> bool:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packflex.integers import ceil_div
 from packflex.layout import DocumentOrigin
 from packflex.masks.kernels import document_of, search_steps
 from packflex.masks.recognise import Bound, DocumentBound, Formula, Joined
@@ -94,11 +95,11 @@ def launch_intervals(
         found += [origin.cu_seqlens, origin.row_offsets, search_steps(origin.cu_seqlens.shape[0] - 1)]
     captures = [x.to(device) for x in lifted.captures]
     kernel = _module(lifted.key, formula, tuple(documents)).mask_intervals
-    kernel[(triton.cdiv(q_len, _BLOCK), batch)](
+    kernel[(ceil_div(q_len, _BLOCK), batch)](
         kv_intervals, q_len, kv_len, kv_plane, *found, *arguments(lifted.program, captures, lifted.numbers),
         BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
-    _transposed_intervals_kernel[(triton.cdiv(kv_len, _BLOCK), batch)](
+    _transposed_intervals_kernel[(ceil_div(kv_len, _BLOCK), batch)](
         kv_intervals, q_intervals, q_len, kv_len, kv_plane, q_plane, q_len.bit_length(), BLOCK=_BLOCK, num_warps=4
     )
     return kv_intervals, q_intervals

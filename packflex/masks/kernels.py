@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packflex.integers import ceil_div
+
 
 @triton.jit
 def document_of(CU_SEQLENS, first, last, row_start, o_t, steps):
@@ -77,7 +79,7 @@ def launch_document_intervals(
     batch = row_offsets.shape[0] - 1
     intervals = torch.empty((4, batch, seq_len), dtype=torch.int32, device=cu_seqlens.device)
     block = 128
-    _document_intervals_kernel[(triton.cdiv(seq_len, block), batch)](
+    _document_intervals_kernel[(ceil_div(seq_len, block), batch)](
         cu_seqlens, row_offsets, prefix_lengths if prefix_lengths is not None else cu_seqlens, intervals,
         seq_len, batch * seq_len, window, search_steps(cu_seqlens.shape[0] - 1),
         CAUSAL=causal, HAS_PREFIX=prefix_lengths is not None, HAS_WINDOW=window > 0, BLOCK=block,

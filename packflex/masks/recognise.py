@@ -19,12 +19,11 @@ from torch import Tensor
 
 from packflex.layout import DocumentOrigin, is_on
 from packflex.masks.intervals import document_intervals
+from packflex.masks.kept import kept
 from packflex.mods.evaluate import evaluate
 from packflex.mods.lifted import PROGRAMS, Lifted
 from packflex.mods.nodes import Node
 
-_KEPT: dict[object, Intervals] = {}
-_MOST_KEPT = 32
 _FLIPPED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq"}
 
 
@@ -104,32 +103,19 @@ def recognised_intervals(lifted: Lifted, shape: tuple[int, int, int, int], devic
     formula = interval_formula(lifted.key, numbers, tuple(documents))
     if formula is None:
         return None
-    # a mask that holds no tensor is the same whenever it is asked for; nothing writes to a mask's intervals
-    kept = None if lifted.captures or not _may_keep(device) else (lifted.key, numbers, shape, device)
-    if kept in _KEPT:
-        return _KEPT[kept]
     long = not documents and formula.lo is None and shape[3] >= 2048
     for origin in documents.values():
         if origin.num_tokens and not torch.compiler.is_compiling():
             long = origin.sum_squared_lengths / origin.num_tokens / 2 >= 1024
-    if device.type == "cuda":
-        from packflex.masks.interval_kernel import launch_intervals  # Triton only where it runs
 
-        found = Intervals(*launch_intervals(lifted, formula, documents, shape, device), long)
-    else:
-        found = Intervals(*_by_torch(lifted, formula, documents, shape, device), long)
-    if kept is not None:
-        _KEPT[kept] = found
-        if len(_KEPT) > _MOST_KEPT:
-            _KEPT.pop(next(iter(_KEPT)))
-    return found
+    def make() -> tuple[Tensor, Tensor]:
+        if device.type == "cuda":
+            from packflex.masks.interval_kernel import launch_intervals  # Triton only where it runs
 
+            return launch_intervals(lifted, formula, documents, shape, device)
+        return _by_torch(lifted, formula, documents, shape, device)
 
-def _may_keep(device: torch.device) -> bool:
-    """Whether tensors made now are good for later: not those of inference mode, nor those in a CUDA graph's memory."""
-    if torch.is_inference_mode_enabled():
-        return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return Intervals(*kept(lifted, device, ("intervals", shape), make), long)
 
 
 def _documents(lifted: Lifted, shape: tuple[int, int, int, int], device: torch.device) -> dict[int, DocumentOrigin]:

@@ -1,7 +1,7 @@
 """The kernel that makes index lists from a printed mask: each tile is empty, partly or wholly visible.
 
-A program classifies a row of tiles. What the mask computes of rows alone, or of columns alone, is evaluated once as a
-vector, and its least and greatest value bound everything that follows: where the bounds decide (a tile far from the
+A program classifies some tiles of a row. What the mask computes of rows alone, or of columns alone, is evaluated once
+as a vector, and its least and greatest value bound all that follows: where the bounds decide (a tile far from the
 diagonal, two ranges of documents that do not meet), no element is looked at. Elsewhere all elements are. A second
 kernel turns the states of the tiles into torch's lists, in both directions.
 """
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packflex.integers import ceil_div, next_power_of_2
 from packflex.masks.block_mask import BlockLists
 from packflex.mods import source
 from packflex.mods.errors import short_name
@@ -23,7 +24,9 @@ from packflex.mods.lifted import PROGRAMS, Lifted
 from packflex.mods.nodes import Node, ordered
 from packflex.mods.printer import Printer, arguments, device_imports
 
-_CHUNK = 16
+# Tiles of one program: few where programs are few, so that those beside the diagonal do not end last
+_CHUNK, _LONG_CHUNK, _LONG = 4, 16, 2048
+_LIST_BLOCK = 256
 _MOST_ELEMENTS = 4096
 _HEADER = '''"""Printed by packflex: which tiles are visible under {what}."""
 
@@ -45,8 +48,8 @@ _BEGIN = """
 """
 _ELEMENTS = """
             if (sure_true == 0) & (sure_false == 0):
-                seen = tl.zeros([], tl.int32)
-                hidden = tl.zeros([], tl.int32)
+                b_seen = tl.zeros([PART_M, BLOCK_N], tl.int32)
+                b_hidden = tl.zeros([PART_M, BLOCK_N], tl.int32)
                 for part in range(BLOCK_M // PART_M):
                     o_p = part * PART_M + tl.arange(0, PART_M)
                     o_q = i_q * tile_m + o_p
@@ -54,9 +57,10 @@ _ELEMENTS = """
                     m_in = ((o_p < tile_m) & (o_q < q_len))[:, None] & ((o_n < tile_n) & (o_k < kv_len))[None, :]
 {elements}
                     m_s = m_in & ({out})
-                    seen = tl.maximum(seen, tl.max(m_s.to(tl.int32)))
-                    hidden = tl.maximum(hidden, tl.max((m_in & (m_s == 0)).to(tl.int32)))
-                state = tl.where(seen > 0, tl.where((hidden == 0) & whole, 2, 1), 0)
+                    b_seen |= m_s.to(tl.int32)
+                    b_hidden |= (m_in & (m_s == 0)).to(tl.int32)
+                hidden = tl.max(b_hidden)
+                state = tl.where(tl.max(b_seen) > 0, tl.where((hidden == 0) & whole, 2, 1), 0)
 """
 
 
@@ -65,60 +69,73 @@ def launch_tile_lists(
 ) -> tuple[BlockLists, BlockLists]:
     """The lists of each row of tiles, and those of each column, for a mask over (B, H, Q_LEN, KV_LEN)."""
     batch, heads, q_len, kv_len = shape
-    tiles_q, tiles_kv = triton.cdiv(q_len, tile[0]), triton.cdiv(kv_len, tile[1])
+    tiles_q, tiles_kv = ceil_div(q_len, tile[0]), ceil_div(kv_len, tile[1])
     state = torch.empty((batch, heads, tiles_q, tiles_kv), dtype=torch.int8, device=device)
     captures = [x.to(device) for x in lifted.captures]
     kernel = tile_kernel_module(lifted.key).mask_tiles
+    chunk = _CHUNK if tiles_kv < _LONG else _LONG_CHUNK
     rows_at_once = 65535  # of a grid's second axis
     for first_row in range(0, tiles_q, rows_at_once):
-        grid = (triton.cdiv(tiles_kv, _CHUNK), min(tiles_q - first_row, rows_at_once), batch * heads)
+        grid = (ceil_div(tiles_kv, chunk), min(tiles_q - first_row, rows_at_once), batch * heads)
         kernel[grid](
-            state, first_row, q_len, kv_len, tiles_q, tiles_kv, heads, tile[0], tile[1],
+            state, first_row, q_len, kv_len, tiles_q, tiles_kv, heads, tile[0], tile[1], chunk,
             *arguments(lifted.program, captures, lifted.numbers),
             **tile_constants(tile), num_warps=4,
         )  # fmt: skip
-    return _lists(state, transposed=False), _lists(state, transposed=True)
+    kv_lists, q_lists = (_empty_lists(state, *sizes) for sizes in ((tiles_q, tiles_kv), (tiles_kv, tiles_q)))
+    _lists_kernel[(tiles_q + tiles_kv, batch * heads)](
+        state, *kv_lists, *q_lists, tiles_q, tiles_kv, batch * heads, BLOCK=_LIST_BLOCK, num_warps=4
+    )
+    return _block_lists(*kv_lists), _block_lists(*q_lists)
 
 
 def tile_constants(tile: tuple[int, int]) -> dict[str, int]:
     """The constants of `mask_tiles` for a mask's tile."""
-    block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in tile)
+    block_m, block_n = (max(16, next_power_of_2(size)) for size in tile)
     part_m = max(1, min(block_m, _MOST_ELEMENTS // block_n))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "PART_M": part_m, "CHUNK": _CHUNK}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "PART_M": part_m}
 
 
-def _lists(state: Tensor, transposed: bool) -> BlockLists:
-    """Lists of the rows (or, transposed, the columns) of states [B, H, T_q, T_kv]."""
-    batch, heads, tiles_q, tiles_kv = state.shape
-    rows, columns = (tiles_kv, tiles_q) if transposed else (tiles_q, tiles_kv)
-    row_stride, column_stride = (1, tiles_kv) if transposed else (tiles_kv, 1)
-    counts = torch.empty((2, batch, heads, rows), dtype=torch.int32, device=state.device)
-    indices = torch.empty((2, batch, heads, rows, columns), dtype=torch.int32, device=state.device)
-    _compact_kernel[(rows, batch * heads)](
-        state, counts, indices, tiles_q * tiles_kv, row_stride, column_stride, rows, columns, batch * heads,
-        BLOCK=min(1024, triton.next_power_of_2(columns)), num_warps=4,
-    )  # fmt: skip
+def _empty_lists(state: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Counts [2, B, H, rows] and indices [2, B, H, rows, columns]: of the partly visible tiles and of the others."""
+    shape = (2, *state.shape[:2], rows)
+    return (
+        torch.empty(shape, dtype=torch.int32, device=state.device),
+        torch.empty((*shape, columns), dtype=torch.int32, device=state.device),
+    )
+
+
+def _block_lists(counts: Tensor, indices: Tensor) -> BlockLists:
     return BlockLists(counts[0], indices[0], counts[1], indices[1])
 
 
-@triton.jit(do_not_specialize=["plane", "row_stride", "column_stride", "rows", "columns", "planes"])
-def _compact_kernel(
-    STATE, COUNTS, INDICES, plane, row_stride, column_stride, rows, columns, planes, BLOCK: tl.constexpr
-):
+@triton.jit(do_not_specialize=["tiles_q", "tiles_kv", "planes"])
+def _lists_kernel(STATE, KV_COUNTS, KV_INDICES, Q_COUNTS, Q_INDICES, tiles_q, tiles_kv, planes, BLOCK: tl.constexpr):
+    """The lists of one row of tiles, or of one column."""
+    i = tl.program_id(0)
+    p_state = STATE + tl.program_id(1).to(tl.int64) * tiles_q * tiles_kv
+    if i < tiles_q:
+        _listed(p_state, KV_COUNTS, KV_INDICES, i, tiles_kv, 1, tiles_q, tiles_kv, planes, BLOCK)
+    else:
+        _listed(p_state, Q_COUNTS, Q_INDICES, i - tiles_q, 1, tiles_kv, tiles_kv, tiles_q, planes, BLOCK)
+
+
+@triton.jit
+def _listed(p_state, COUNTS, INDICES, i_row, row_stride, column_stride, rows, columns, planes, BLOCK: tl.constexpr):
     """The tiles of one row in state 1, and those in state 2, listed first and in order; the others after them."""
-    i_row = tl.program_id(0)
-    i_plane = tl.program_id(1).to(tl.int64)
     o_n = tl.arange(0, BLOCK)
-    p_state = STATE + i_plane * plane + i_row.to(tl.int64) * row_stride
-    o_list = i_plane * rows + i_row
+    p_state += i_row.to(tl.int64) * row_stride
+    o_list = tl.program_id(1).to(tl.int64) * rows + i_row
     both = planes.to(tl.int64) * rows
-    total_partial = tl.zeros([], tl.int32)
-    total_full = tl.zeros([], tl.int32)
+    b_partial = tl.zeros([BLOCK], tl.int32)
+    b_full = tl.zeros([BLOCK], tl.int32)
     for start in range(0, columns, BLOCK):
         o = start + o_n
         b_state = tl.load(p_state + o.to(tl.int64) * column_stride, mask=o < columns, other=0)
-        total_partial += tl.sum((b_state == 1).to(tl.int32))
-        total_full += tl.sum((b_state == 2).to(tl.int32))
+        b_partial += (b_state == 1).to(tl.int32)
+        b_full += (b_state == 2).to(tl.int32)
+    total_partial = tl.sum(b_partial)
+    total_full = tl.sum(b_full)
     tl.store(COUNTS + o_list, total_partial)
     tl.store(COUNTS + both + o_list, total_full)
     partial = tl.zeros([], tl.int32)
@@ -151,14 +168,14 @@ def tile_kernel_text(key: str) -> str:
     printer = Printer(program, "m")
     bounds = _Bounds(printer)
     extra = printer.parameters()
-    sizes = ["first_row", "q_len", "kv_len", "tiles_q", "tiles_kv", "heads", "tile_m", "tile_n"]
+    sizes = ["first_row", "q_len", "kv_len", "tiles_q", "tiles_kv", "heads", "tile_m", "tile_n", "chunk"]
     loose = [*sizes, *(p for p in extra if "_stride" in p or "_size" in p or p[1] == "s")]
     parameters = "".join(f" {name}," for name in extra)
     out = program.out
     text = (
         f"\n@triton.jit(do_not_specialize={loose!r})\n"
         f"def mask_tiles(\n    STATE, {', '.join(sizes)},\n   {parameters}\n"
-        "    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART_M: tl.constexpr, CHUNK: tl.constexpr,\n):"
+        "    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART_M: tl.constexpr,\n):"
     )
     text += _BEGIN
     text += _block(printer.statements([out], lambda n: n.deps <= {"b", "h"}), 4)
@@ -166,7 +183,7 @@ def tile_kernel_text(key: str) -> str:
     text += _block(printer.statements([out], lambda n: n.deps <= {"b", "h", "q"}), 4)
     text += _block(bounds.of_vectors([out], "q"), 4)
     text += (
-        "    for j in range(CHUNK):\n        i_k = i_chunk * CHUNK + j\n        if i_k < tiles_kv:\n"
+        "    for j in range(chunk):\n        i_k = i_chunk * chunk + j\n        if i_k < tiles_kv:\n"
         "            o_k = i_k * tile_n + o_n\n"
         "            kv = tl.minimum(i_k * tile_n + tl.minimum(o_n, tile_n - 1), kv_len - 1)[None, :]\n"
         "            whole = rows_whole & ((i_k + 1) * tile_n <= kv_len)\n"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, np.generic, slice)
+_EXACT = {type(None), bool, int, str, bytes}  # equal values of one such type are one value
 _BY_IDENTITY = (type, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 _LIBRARIES = {"torch", "math", "numpy", "operator", "functools", "builtins", "typing", "itertools"}
 _MOST = 4000
@@ -47,6 +48,8 @@ class Fingerprint:
         self._count += 1
         if self._count > _MOST:
             raise UnknownValueError("too many values")
+        if type(value) in _EXACT:
+            return (type(value), value)
         if isinstance(value, _PLAIN):
             return (type(value), repr(value) if isinstance(value, float | complex | np.generic) else str(value))
         if id(value) in self._seen:
@@ -89,7 +92,7 @@ class Fingerprint:
             return ("id", id(function))
         names = _names(code)
         cells = [cell.cell_contents if _filled(cell) else None for cell in function.__closure__ or ()]
-        reached = [function.__globals__[name] for name in sorted(names) if name in function.__globals__]
+        reached = [function.__globals__[name] for name in _names_in_order(code) if name in function.__globals__]
         defaults = (function.__defaults__, function.__kwdefaults__)
         return ("function", code, *self._all((*defaults, *cells, *reached), names))
 
@@ -140,6 +143,11 @@ def _names(code: types.CodeType) -> frozenset[str]:
         elif isinstance(constant, types.CodeType):
             names |= _names(constant)
     return frozenset(names)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in_order(code: types.CodeType) -> list[str]:
+    return sorted(_names(code))
 
 
 def _filled(cell: types.CellType) -> bool:

@@ -6,7 +6,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._layouts import NVMMASharedLayout
@@ -30,6 +29,7 @@ from packflex.attention.hopper.tiles import (
     resolve_forward_tile,
 )
 from packflex.attention.memory import new_bshd
+from packflex.integers import ceil_div
 
 GLUON_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 _LOG2_E = LOG2_E.value
@@ -102,10 +102,10 @@ def launch_backward(
     sums = torch.empty((before + batch * heads * q_len, head_dim), dtype=torch.float32, device=q.device)
     grad_q, grad_k, grad_v = (new_bshd(x) for x in (q, k, v))
     copies = stat_copies(packed)
-    stride_copy = STATS_BEFORE.value + triton.cdiv(batch * heads * q_len, 4) * 4
+    stride_copy = STATS_BEFORE.value + ceil_div(batch * heads * q_len, 4) * 4
     lse_2, delta = (torch.empty(copies * stride_copy, dtype=torch.float32, device=q.device) for _ in range(2))
 
-    _hopper_bwd_prepare_kernel[(triton.cdiv(q_len, PREPARED_ROWS), heads, batch)](
+    _hopper_bwd_prepare_kernel[(ceil_div(q_len, PREPARED_ROWS), heads, batch)](
         out, grad_out, lse if grad_lse is None else grad_lse, lse, lse_2, delta, sums[before:],
         *out.stride()[:3], *grad_out.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
         q_len, heads, stride_copy,
@@ -132,7 +132,7 @@ def launch_backward(
         scale, *score_factors(scale, softcap),
         **backward_constants(tile, head_dim, group, softcap > 0), **launch_options(tile),
     )  # fmt: skip
-    _hopper_bwd_cast_kernel[(triton.cdiv(q_len, PREPARED_ROWS), heads, batch)](
+    _hopper_bwd_cast_kernel[(ceil_div(q_len, PREPARED_ROWS), heads, batch)](
         sums[before:], grad_q, q_len, heads, scale, HEADS=packed, D=head_dim, BLOCK_M=PREPARED_ROWS, num_warps=4,
     )  # fmt: skip
     if not want_delta:

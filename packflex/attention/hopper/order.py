@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packflex.integers import ceil_div
+
 RECORD = 4
 # Where a plan's header keeps the sizes of a problem: kernels load them tile by tile, to spare registers.
 HEADER = tl.constexpr(12)
@@ -81,7 +83,7 @@ def _work_order_kernel(
 
 def tiles_of(length: int, rows: int) -> int:
     """Tiles of a row of the batch."""
-    return triton.cdiv(length, rows)
+    return ceil_div(length, rows)
 
 
 def work_order(intervals: Tensor, rows: int, columns: int, sizes: tuple[int, ...] = (0,) * 9) -> Tensor:
@@ -96,7 +98,7 @@ def work_order(intervals: Tensor, rows: int, columns: int, sizes: tuple[int, ...
     _, batch, length = intervals.shape
     tiles = tiles_of(length, rows)
     plan = torch.empty(HEADER.value + batch * tiles * RECORD, dtype=torch.int32, device=intervals.device)
-    _work_order_kernel[(triton.cdiv(tiles, _TILES), batch)](
+    _work_order_kernel[(ceil_div(tiles, _TILES), batch)](
         intervals, plan, intervals.stride(0), intervals.stride(1), tiles, length, *sizes,
         ROWS=rows, COLUMNS=columns, TILES=_TILES, num_warps=4,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from packflex.attention.triton.launch import (
     launch_statistics,
 )
 from packflex.attention.triton.tiles import KernelTiles, Tile, default_tiles, edge_rows, heads_per_tile
+from packflex.integers import ceil_div
 from packflex.mods import source
 from packflex.mods.errors import short_name
 from packflex.mods.nodes import Program, ordered
@@ -289,7 +290,7 @@ def launch_forward(call: Call, blocks: Blocks, sinks: Tensor | None) -> tuple[Te
     ]  # fmt: skip
 
     def grid(tile: Tile, packed: int) -> tuple[int, int, int]:
-        return (triton.cdiv(q_len * packed, tile.block_m), heads // packed, batch)
+        return (ceil_div(q_len * packed, tile.block_m), heads // packed, batch)
 
     _Launch(call, "forward", blocks, False, fixed, grid, lambda tile, packed: {"HAS_SINKS": sinks is not None}).run()
     return out, lse
@@ -332,7 +333,7 @@ def launch_backward(
         ]  # fmt: skip
         _Launch(
             call, "dkdv", q_blocks, gradients, fixed,
-            lambda tile, packed: (triton.cdiv(kv_len, tile.block_n), kv_heads, batch),
+            lambda tile, packed: (ceil_div(kv_len, tile.block_n), kv_heads, batch),
             lambda tile, packed: {"EDGE_M": max(edge_rows(tile), 16), "GRAD_MODE": mode},
         ).run()  # fmt: skip
         fixed = [
@@ -341,7 +342,7 @@ def launch_backward(
         ]  # fmt: skip
         _Launch(
             call, "dq", kv_blocks, gradients, fixed,
-            lambda tile, packed: (triton.cdiv(q_len * packed, tile.block_m), heads // packed, batch),
+            lambda tile, packed: (ceil_div(q_len * packed, tile.block_m), heads // packed, batch),
             lambda tile, packed: {"GRAD_MODE": mode},
         ).run()  # fmt: skip
 

@@ -10,6 +10,7 @@ from packflex.attention.memory import new_bshd
 from packflex.attention.triton.backward import _flex_bwd_delta_kernel, _flex_bwd_dkdv_kernel, _flex_bwd_dq_kernel
 from packflex.attention.triton.forward import _flex_fwd_kernel
 from packflex.attention.triton.tiles import edge_rows, heads_per_tile, resolve_tiles
+from packflex.integers import ceil_div, next_power_of_2
 
 MAX_HEAD_DIM = 256
 DELTA_ROWS = 64
@@ -37,7 +38,7 @@ def launch_forward(
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
     tiles = resolve_tiles(tile_list, q.dtype, max(head_dim, v_dim), _capability(q.device), softcap > 0, long_spans)
     packed = heads_per_tile(heads // kv_heads, tiles.forward)
-    grid = (triton.cdiv(q_len * packed, tiles.forward.block_m), heads // packed, batch)
+    grid = (ceil_div(q_len * packed, tiles.forward.block_m), heads // packed, batch)
     _flex_fwd_kernel[grid](
         q, k, v, q if sinks is None else sinks, kv_intervals[0], kv_intervals[1], out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *kv_intervals.stride()[1:],
@@ -77,7 +78,7 @@ def launch_backward(
 
     group = heads // kv_heads
     packed = heads_per_tile(group, tiles.dkdv)
-    _flex_bwd_dkdv_kernel[(triton.cdiv(kv_len, tiles.dkdv.block_n), kv_heads, batch)](
+    _flex_bwd_dkdv_kernel[(ceil_div(kv_len, tiles.dkdv.block_n), kv_heads, batch)](
         q, k, v, grad_out, lse2, delta, q_intervals[0], q_intervals[1], grad_k, grad_v,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
         *grad_k.stride()[:3], *grad_v.stride()[:3], *q_intervals.stride()[1:],
@@ -88,7 +89,7 @@ def launch_backward(
     )  # fmt: skip
 
     packed = heads_per_tile(group, tiles.dq)
-    _flex_bwd_dq_kernel[(triton.cdiv(q_len * packed, tiles.dq.block_m), heads // packed, batch)](
+    _flex_bwd_dq_kernel[(ceil_div(q_len * packed, tiles.dq.block_m), heads // packed, batch)](
         q, k, v, grad_out, lse2, delta, kv_intervals[0], kv_intervals[1], grad_q,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3],
         *kv_intervals.stride()[1:], q_len, heads, scale, softcap,
@@ -103,7 +104,7 @@ def launch_statistics(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, ls
     """What the backward kernels read of each row: lse in units of log(2), and delta; float32 [B, Hq, S] both."""
     batch, heads, q_len, v_dim = out.shape
     lse2, delta = torch.empty((2, batch, heads, q_len), dtype=torch.float32, device=out.device)
-    _flex_bwd_delta_kernel[(triton.cdiv(q_len, DELTA_ROWS), heads, batch)](
+    _flex_bwd_delta_kernel[(ceil_div(q_len, DELTA_ROWS), heads, batch)](
         out, grad_out, out if grad_lse is None else grad_lse, lse, delta, lse2,
         *out.stride()[:3], *grad_out.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
         q_len, heads,
@@ -155,5 +156,5 @@ def _last_axis_contiguous(x: Tensor) -> Tensor:
 
 def _dims(head_dim: int, v_dim: int) -> dict[str, int]:
     """Head dims and the powers of two that hold them; tl.dot needs at least 16."""
-    block_d, block_dv = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, v_dim))
+    block_d, block_dv = (max(16, next_power_of_2(dim)) for dim in (head_dim, v_dim))
     return {"HEAD_DIM": head_dim, "V_DIM": v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv}

@@ -133,6 +133,10 @@ def attention_cases(options: argparse.Namespace) -> dict[str, Callable[[], Case]
 
         return build
 
+    def slopes() -> Case:
+        tensor = score_mods.alibi_slopes(heads, device).requires_grad_()  # negative ones would be ill-conditioned
+        return Case(masks.causal, score_mods.alibi(tensor), [tensor])
+
     return {
         "plain": lambda: Case(masks.causal),
         "alibi": lambda: Case(masks.causal, score_mods.alibi(heads, device)),
@@ -140,7 +144,7 @@ def attention_cases(options: argparse.Namespace) -> dict[str, Callable[[], Case]
         "relative_bias": learned(lambda table: score_mods.relative_bias(table, bidirectional=False), heads, 32),
         "head_gate": learned(score_mods.head_gate, heads),
         "distance_penalty": lambda: Case(masks.causal, score_mods.distance_penalty(0.5)),
-        "learned_slopes": learned(score_mods.alibi, heads),
+        "learned_slopes": slopes,
         **mask_cases(options, options.seq_len),
     }
 

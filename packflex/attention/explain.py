@@ -143,8 +143,8 @@ def _kernels(masked: Lifted | None, scored: Lifted | None) -> Iterator[tuple[str
     """(path, text) of the kernels that would run; none where the portable kernels of plain masks do."""
     if masked is None and scored is None:
         return
+    from packflex.attention.mods.kernel_text import Request
     from packflex.attention.mods.launch import kernel_module
-    from packflex.attention.mods.templates import Request
 
     if masked is not None:
         from packflex.masks.tile_kernel import tile_kernel_module

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from packflex.attention.mods import templates
+from packflex.attention.mods.kernel_text import Request, shares_heads
 from packflex.attention.mods.launch import _SOME_SPILLS, _WORTH_SPILLS, candidate_tiles, fitted_tile, kernel_module
 from packflex.attention.triton.aot import Compiled, compile_for
 from packflex.attention.triton.launch import _PRECISION, _dims
@@ -59,10 +59,10 @@ def compile_mod_kernels(
         tiles = candidate_tiles(name, dtype, head_dim, capability, softcap, long, score, mask is not None)
         found: list[tuple[Tile, Compiled]] = []
         for tile in tiles:
-            alone = gradients and score is not None and not templates.shares_heads(name, score)
+            alone = gradients and score is not None and not shares_heads(name, score)
             heads = 1 if alone else heads_per_tile(group, tile)
             fitted = tile if mask is None else fitted_tile(tile, heads, block_size)
-            request = templates.Request(score, mask, packed=heads > 1, gradients=gradients, softcap=softcap)
+            request = Request(score, mask, packed=heads > 1, gradients=gradients, softcap=softcap)
             report = _compile(
                 name, request, capability, dtype, head_dim, group, heads, fitted, softcap, block_size, deterministic
             )
@@ -87,7 +87,7 @@ def compile_mask_tiles(
 
 
 def _compile(
-    name: str, request: templates.Request, capability: int, dtype: torch.dtype, head_dim: int, group: int, heads: int,
+    name: str, request: Request, capability: int, dtype: torch.dtype, head_dim: int, group: int, heads: int,
     tile: Tile, softcap: bool, block_size: tuple[int, int], deterministic: bool,
 ) -> Compiled:  # fmt: skip
     kernel_name = "mod_forward" if name == "forward" else f"mod_{name}"

@@ -13,7 +13,9 @@ import triton
 from torch import Tensor
 
 from packflex.attention.memory import new_bshd
-from packflex.attention.mods import templates
+from packflex.attention.mods.column_kernel import dkdv_text
+from packflex.attention.mods.kernel_text import Request, shares_heads, with_header
+from packflex.attention.mods.row_kernels import dq_text, forward_text
 from packflex.attention.triton.launch import (
     _PRECISION,
     _capability,
@@ -64,7 +66,7 @@ class Blocks:
     Attributes:
         tensors: (lo, hi) int32 [B, S] each, or (num_blocks, indices, full_num_blocks, full_indices).
         tile: (rows, columns) of the mask's own tiles in list form.
-        ragged: see `templates.Request`.
+        ragged: see `kernel_text.Request`.
     """
 
     tensors: tuple[Tensor, ...]
@@ -98,7 +100,7 @@ class Call:
     softcap: float
     tiles: list[int]
     long_spans: bool
-    request: templates.Request = field(init=False)
+    request: Request = field(init=False)
 
     def __post_init__(self) -> None:
         _check_runnable(self.q, self.v)
@@ -126,18 +128,18 @@ class Call:
 
 
 @lru_cache(maxsize=256)
-def kernel_module(name: str, request: templates.Request) -> ModuleType:
+def kernel_module(name: str, request: Request) -> ModuleType:
     """The module of a printed kernel: "mod_forward", "mod_dkdv" or "mod_dq"."""
-    kernels = {"mod_forward": templates.forward_text, "mod_dq": templates.dq_text, "mod_dkdv": templates.dkdv_text}
+    kernels = {"mod_forward": forward_text, "mod_dq": dq_text, "mod_dkdv": dkdv_text}
     named = " and ".join(short_name(p.name) for p in (request.mask, request.score) if p is not None)
-    return source.load(templates.with_header(f"{name} of {named}", kernels[name](request)))
+    return source.load(with_header(f"{name} of {named}", kernels[name](request)))
 
 
 def _heads(call: Call, name: str, tile: Tile, blocks: Blocks, gradients: bool) -> int:
     """Query heads of a group in a tile's rows: one where a list or the sum of a captured gradient differs by head."""
     if blocks.lists and blocks.tensors[0].shape[1] > 1:
         return 1
-    if gradients and call.score is not None and not templates.shares_heads(name, call.score.program):
+    if gradients and call.score is not None and not shares_heads(name, call.score.program):
         return 1
     return heads_per_tile(call.q.shape[1] // call.k.shape[1], tile)
 
@@ -265,7 +267,7 @@ class _Launch:
         fitted = _fit(tile, heads, blocks)
         if (fewer := _heads(call, self.name, fitted, blocks, self.gradients)) != heads:
             heads, fitted = fewer, _fit(fitted, fewer, blocks)
-        request = templates.Request(
+        request = Request(
             None if call.score is None else call.score.program,
             None if call.mask is None else call.mask.program,
             blocks.ragged,
@@ -372,7 +374,7 @@ def launch_backward(
 
 
 def _slots(call: Call, places: tuple[str, ...]) -> list[int]:
-    """Captured tensors whose gradient is summed in these places, see `templates`."""
+    """Captured tensors whose gradient is summed in these places, see `CapturedGradient.place`."""
     if call.score is None:
         return []
     found = set()

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from packflex.attention.api import BACKENDS
+from packflex.data.tokenized_stream import KINDS
 from packflex.integrations.lightning.module import LOSSES
 from packflex.integrations.lightning.resume import loader_states, steps_to_come
 from packflex.losses import WEIGHTINGS
@@ -37,6 +38,7 @@ _WHOLE_NUMBERS = {
     "trainer.max_steps": (-1, False),
     "trainer.max_epochs": (-1, True),
     "trainer.accumulate_grad_batches": (1, False),
+    "packing.pool": (1, False),
     "trainer.context_parallel_size": (1, False),
     "steps.total": (1, True),
     "steps.warmup": (0, True),
@@ -229,13 +231,54 @@ def _progress(path: str | None) -> tuple[int, dict[str, Any] | None]:
     return checkpoint["global_step"], next(iter(loader_states(checkpoint)), None)
 
 
-def fill_in(config: DictConfig, trainer: L.Trainer, rows: int) -> None:
+def check_stream(config: DictConfig) -> None:
+    """Refuse settings that a stream does not have, before it is read.
+
+    Raises:
+        SetupError: a strategy or an order that needs all documents before, shared rows, a run without an end.
+    """
+    packing, prepared = config.packing, "or pack the documents first (packflex pack, data=packed)"
+    if config.data.kind not in KINDS:
+        raise SetupError(
+            f"data.kind={config.data.kind} is not read as it comes; data=stream takes {', '.join(KINDS)}, {prepared}"
+        )
+    if packing.strategy != "best_fit":
+        raise SetupError(
+            f"packing.strategy={packing.strategy} needs all documents before, and data=stream has packing=best_fit; "
+            f"choose that, {prepared}"
+        )
+    if packing.order == "balanced":
+        raise SetupError(
+            "packing.order=balanced needs all rows before, and a stream's rows come in its own order; leave it out, "
+            f"{prepared}"
+        )
+    if config.trainer.context_parallel_size > 1:
+        raise SetupError(
+            f"trainer.context_parallel_size={config.trainer.context_parallel_size} does not go with data=stream; set "
+            f"it to 1, {prepared}"
+        )
+    if config.trainer.max_steps <= 0:
+        raise SetupError("a stream has no end: set trainer.max_steps")
+    if config.heldout.split is not None or (config.heldout.path is None and config.heldout.percent):
+        raise SetupError(
+            "documents of a stream are not held out; give another file (heldout.path=...), or go without "
+            "(heldout.percent=0)"
+        )
+
+
+def stream_settings(config: DictConfig, accumulate: int) -> dict[str, Any]:
+    """What `StreamDataModule` takes of a config whose number of steps is known."""
+    kept = ("seq_len", "batch_size", "overflow", "num_workers", "pool")
+    return {name: config.packing[name] for name in kept} | {"num_batches": config.steps.total * accumulate}
+
+
+def fill_in(config: DictConfig, trainer: L.Trainer, rows: int | None) -> None:
     """Set what follows from the rest: the learning rate's default, the number of steps and of warm-up steps.
 
     Args:
         config: changed in place.
         trainer: for the number of devices and its limits.
-        rows: packed rows to train on.
+        rows: packed rows to train on; None for a stream, which has no end.
 
     Raises:
         SetupError: a run without an end.
@@ -245,7 +288,9 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int) -> None:
         if config.peft._target_ is not None:
             start = "adapters"
         config.optimizer.lr = config.learning_rate[start]
-    if config.steps.total is None:
+    if rows is None:
+        config.steps.total = trainer.max_steps
+    elif config.steps.total is None:
         sharing = config.trainer.context_parallel_size
         rows_per_step = config.packing.batch_size * (trainer.world_size // sharing)
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from hydra.utils import get_method, instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from packflex import pack_dataset
 from packflex.data.errors import DataError
 from packflex.data.pack import name_of, plan_dataset, unsupervised_documents
+from packflex.data.sources import load_documents
 from packflex.data.tokenize import TokenizedDocuments
+from packflex.data.tokenized_stream import TokenizedStream
 from packflex.data.tokenizer import load_tokenizer, train_tokenizer
 from packflex.data.write import load_packed, read_manifest
 from packflex.models import is_pretrained
@@ -30,6 +32,7 @@ _PLAIN_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
 
+_FIRST = 10_000  # documents of a stream that train its tokenizer
 # What happens, on the screen and in the run's log file, once for all ranks.
 say = rank_zero_only(logging.getLogger("finetune").info)
 
@@ -38,11 +41,12 @@ say = rank_zero_only(logging.getLogger("finetune").info)
 class PackedSplits:
     """Packed rows for training, tokenised and packed held-out documents (None without any), and how they were made.
 
-    `plan` is None for rows that were packed before.
+    `train` is a `TokenizedStream` where documents are packed while training; their number, that of rows and the
+    efficiency are 0 until then. `plan` is None there, and for rows that were packed before.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    train: Dataset
+    train: Dataset | TokenizedStream
     heldout: Dataset | None
     heldout_documents: Dataset | None
     train_documents: Dataset
@@ -58,8 +62,10 @@ def prepare(config: DictConfig) -> PackedSplits:
     Raises:
         DataError: data that cannot be used; one line with file, line and remedy.
     """
-    if get_method(config.data._target_) is load_packed:
+    if get_object(config.data._target_) is load_packed:
         return _prepare_packed(config)
+    if is_stream(config):
+        return _prepare_stream(config)
     say("Reading documents")
     train, heldout = load_splits(config)
     say("Tokenising %s documents", f"{len(train) + len(heldout or ()):,}")
@@ -129,6 +135,42 @@ def _prepare_packed(config: DictConfig) -> PackedSplits:
         efficiency=tokens / (len(train) * manifest.seq_len),
         plan=None,
         notes=tuple(f"{what}: {count:,}, when they were packed" for what, count in manifest.counts.items() if count),
+    )
+
+
+def is_stream(config: DictConfig) -> bool:
+    """Whether documents are read and packed while training."""
+    return get_object(config.data._target_) is TokenizedStream
+
+
+def _prepare_stream(config: DictConfig) -> PackedSplits:
+    """A stream to train on; its first documents train the tokenizer where there is none."""
+    settings = {str(name): value for name, value in config.data.items() if name not in ("_target_", "_partial_")}
+    encoding = {name: config.tokenize[name] for name in ("train_on_prompt", "turns", "max_length", "on_unsupervised")}
+    say("Reading the first documents of the stream")
+    # the tokenizer is chosen by documents, and the stream is made with the tokenizer
+    reading = {name: value for name, value in settings.items() if name not in ("kind", "path")}
+    fields = {name: value for name, value in reading.items() if name != "limit"}
+    first = load_documents(settings["kind"], settings["path"], on_duplicate="keep", limit=_FIRST, **fields)
+    tokenizer = choose_tokenizer(config, first)
+    train = TokenizedStream(settings["kind"], settings["path"], tokenizer, **reading, **encoding)
+    tokenize = instantiate(config.tokenize)
+    held = None
+    if config.heldout.path is not None:
+        documents = load_documents(settings["kind"], config.heldout.path, limit=config.heldout.limit, **fields)
+        held = tokenize(documents, tokenizer).dataset
+    say("Streaming %s files, packed as they come; %s documents held out",
+        f"{train.num_shards:,}", "none" if held is None else f"{len(held):,}")  # fmt: skip
+    return PackedSplits(
+        tokenizer=tokenizer,
+        train=train,
+        heldout=None if held is None else pack_dataset(held, plan=_plan(held, config)),
+        heldout_documents=held,
+        train_documents=tokenize(first.select(range(min(64, len(first)))), tokenizer).dataset,
+        num_documents=0,
+        efficiency=0.0,
+        plan=None,
+        notes=(),
     )
 
 
@@ -251,13 +293,18 @@ class DocumentNames:
 
     def __call__(self, row: list[int], document: int) -> str:
         """Document `document` of the packed row with these `input_ids`."""
+        if isinstance(self._data.train, TokenizedStream):
+            return f"document {document} of a row of the stream that begins {self._words(row[:24])}"
         for index, candidate in enumerate(self._data.train.iter(1)):
             if candidate["input_ids"][0] == row:
                 lengths = candidate["lengths"][0]
                 start = sum(lengths[:document])
-                text = self._data.tokenizer.decode(row[start : start + min(24, lengths[document])])
+                text = self._words(row[start : start + min(24, lengths[document])])
                 plan = self._data.plan
                 number = document if plan is None else plan.document_indices[int(plan.row_offsets[index]) + document]
                 where = f"document {number} of training row {index}" if plan is None else f"training document {number}"
-                return f"{where} ({lengths[document]} tokens: {' '.join(str(text).split())!r} ...)"
+                return f"{where} ({lengths[document]} tokens: {text} ...)"
         return f"document {document} of a row that is none of the training rows"
+
+    def _words(self, ids: list[int]) -> str:
+        return repr(" ".join(str(self._data.tokenizer.decode(ids)).split()))

@@ -15,6 +15,7 @@ import os
 # was 8 times slower without this. OpenMP reads it when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import dataclasses
 import logging
 import sys
 import warnings
@@ -33,13 +34,16 @@ from _checks import (
     check_sharded,
     check_sharing,
     check_single_run,
+    check_stream,
     fill_in,
     launcher_error,
     one_line_of,
+    stream_settings,
 )
 from _cluster import join_ranks
-from _data import DocumentNames, PackedSplits, prepare, say
+from _data import DocumentNames, PackedSplits, is_stream, prepare, say
 from _sharding import ShardedCausalLMModule, whole_state
+from datasets import Dataset
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
@@ -51,7 +55,15 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from packflex.integrations.lightning import ContextParallel, NonFiniteLossError, NonFiniteLossGuard, SaveOnSignal
+from packflex.data.tokenized_stream import TokenizedStream
+from packflex.integrations.lightning import (
+    ContextParallel,
+    NonFiniteLossError,
+    NonFiniteLossGuard,
+    PackedDataModule,
+    SaveOnSignal,
+    StreamDataModule,
+)
 from packflex.integrations.lightning.shapes import token_cost
 from packflex.models import SetupError, add_adapters
 from packflex.report import (
@@ -92,6 +104,9 @@ def finetune(config: DictConfig) -> RunSummary:
     callbacks = [instantiate(c) for c in config.callbacks.values() if c]
     loggers = [instantiate(c) for c in config.logger.values() if c]
     sharing = config.trainer.context_parallel_size
+    if is_stream(config):
+        check_stream(config)
+        config.trainer.max_epochs = -1  # as many passes as the steps take
     if sharing > 1:
         callbacks.insert(0, ContextParallel(sharing))
     trainer: L.Trainer = instantiate(
@@ -113,15 +128,20 @@ def finetune(config: DictConfig) -> RunSummary:
             raise SetupError("adapters are not trained sharded: use trainer=ddp with peft=lora, or peft=none")
         model = add_adapters(model, instantiate(config.peft), config.seed)
         say("Training %.1f million of them in adapters", model.num_parameters(only_trainable=True) / 1e6)
-    fill_in(config, trainer, len(data.train))
+    streaming = isinstance(data.train, TokenizedStream)
+    fill_in(config, trainer, None if streaming else len(data.train))
     make_module = ShardedCausalLMModule if sharded else hydra.utils.get_class(config.module._target_)
     options = {str(key): value for key, value in config.module.items() if key != "_target_"}
     module = make_module(model, instantiate(config.optimizer), instantiate(config.scheduler), **options)
     check_same_model(config.ckpt_path, module)
-    pad = data.tokenizer.pad_token_id
-    rows = instantiate(config.datamodule)(
-        data.train, data.heldout, pad_token_id=0 if pad is None else pad, token_cost=token_cost(model)
-    )
+    pad = 0 if data.tokenizer.pad_token_id is None else data.tokenizer.pad_token_id
+    rows: PackedDataModule | StreamDataModule
+    if streaming:
+        rows = StreamDataModule(
+            data.train, data.heldout, pad_token_id=pad, **stream_settings(config, trainer.accumulate_grad_batches)
+        )
+    else:
+        rows = instantiate(config.datamodule)(data.train, data.heldout, pad_token_id=pad, token_cost=token_cost(model))
 
     resume: dict[str, Any] = {"ckpt_path": config.ckpt_path, "weights_only": True if config.ckpt_path else None}
     before = _heldout_loss(trainer, module, rows, **resume)
@@ -134,7 +154,13 @@ def finetune(config: DictConfig) -> RunSummary:
     out = Path(config.paths.output_dir)
     trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
     after = _heldout_loss(trainer, module, rows)
-    return _finish(config, trainer, model, data, [(first_step, before), (steps, after)])
+    count = len(data.train) if isinstance(data.train, Dataset) else 0
+    if isinstance(rows, StreamDataModule) and rows.stream is not None:
+        seen = rows.stream.report()
+        count = seen["rows"]
+        full = seen["tokens"] / max(1, seen["rows"] * config.packing.seq_len)
+        data = dataclasses.replace(data, num_documents=seen["documents"], efficiency=full)
+    return _finish(config, trainer, model, data, count, [(first_step, before), (steps, after)])
 
 
 def lightning_settings(trainer: DictConfig) -> DictConfig:
@@ -167,6 +193,7 @@ def _finish(
     trainer: L.Trainer,
     model: PreTrainedModel,
     data: PackedSplits,
+    rows: int,
     losses: list[tuple[int, float | None]],
 ) -> RunSummary:
     """Save the model and the pictures, and sum the run up. Every rank takes part: weights may be shared out."""
@@ -196,7 +223,7 @@ def _finish(
     summary = RunSummary(
         parameters=sum(p.numel() for p in model.parameters()),
         documents=data.num_documents,
-        rows=len(data.train),
+        rows=rows,
         seq_len=config.packing.seq_len,
         efficiency=data.efficiency,
         steps=losses[-1][0],

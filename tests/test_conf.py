@@ -33,7 +33,7 @@ PARAMETERS = {
     "olmo3_7b": 7_298_011_136,
     "gpt_oss_20b": 20_914_757_184,
 }
-NEEDS_PATH = {"data/jsonl", "data/packed", "data/hub", "data/chat", "experiment/chat_qwen3"}
+NEEDS_PATH = {"data/jsonl", "data/packed", "data/stream", "data/hub", "data/chat", "experiment/chat_qwen3"}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
@@ -59,8 +59,9 @@ def check_data(config, name):
     if name == "packed":
         assert load.keywords == {"path": "somewhere", "verify": True}
         return
-    inspect.signature(load.func).bind(**load.keywords)
-    assert load.keywords.get("kind", "text") == name
+    tokenizer = {"tokenizer": None} if name == "stream" else {}
+    inspect.signature(load.func).bind(**load.keywords, **tokenizer)
+    assert load.keywords.get("kind", "text") == ("jsonl" if name == "stream" else name)
     tokenize = instantiate(config.tokenize)
     inspect.signature(tokenize.func).bind(None, None, **tokenize.keywords)
 

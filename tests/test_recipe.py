@@ -435,6 +435,52 @@ def test_rows_packed_before(place, tmp_path):
     assert f"packed with the tokenizer {place}/model, and {tmp_path}/other gives other ids" in one_line_of(error.value)
 
 
+def streamed(place, *settings):
+    """Settings of a stream of two files."""
+    shards = place / "shards"
+    if not shards.exists():
+        shards.mkdir()
+        lines = (place / "train.jsonl").read_text().splitlines(keepends=True)
+        for number in range(2):
+            (shards / f"{number}.jsonl").write_text("".join(lines[number::2]))
+    return [
+        *SMALL, "data=stream", f"data.path={shards}", f"heldout.path={place}/train.jsonl", f"model.path={place}/model",
+        "packing.pool=8", *settings,
+    ]  # fmt: skip
+
+
+def test_a_stream_is_trained_on_and_resumed_exactly(place, tmp_path):
+    """Longer than one pass, with a worker at first; accumulated batches."""
+    steps = ["trainer.max_steps=16", "trainer.accumulate_grad_batches=2", "callbacks.checkpoint.every_n_train_steps=5"]
+    settings = streamed(place, *steps, "callbacks.checkpoint.save_top_k=-1")
+    whole = recipe.finetune(composed(tmp_path / "whole", *settings, "packing.num_workers=1"))
+    assert (whole.steps, whole.heldout_documents) == (16, 4)
+    assert whole.loss_end < whole.loss_start
+    assert 0.8 < whole.efficiency <= 1
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-5.ckpt"
+    recipe.finetune(composed(tmp_path / "rest", *settings, f"ckpt_path={checkpoint}"))
+    curves = [read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "rest")]
+    assert curves[0][0] == list(range(16))
+    assert curves[1] == (list(range(5, 16)), curves[0][1][5:]), "bitwise"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.kind=hub"], "data.kind=hub is not read as it comes; data=stream takes jsonl, parquet, arrow"),
+        (["packing=next_fit"], "packing.strategy=next_fit needs all documents before"),
+        (["packing.order=balanced"], "packing.order=balanced needs all rows before"),
+        (["trainer.context_parallel_size=2"], "trainer.context_parallel_size=2 does not go with data=stream"),
+        (["trainer.max_steps=-1"], "set trainer.max_steps"),
+        (["heldout.path=null"], "heldout.percent=0"),
+        (["packing.pool=0"], "packing.pool=0 must be a whole number of at least 1"),
+    ],
+)
+def test_settings_that_a_stream_does_not_have(settings, message, place, tmp_path):
+    with pytest.raises(SetupError, match=re.escape(message)):
+        recipe.finetune(composed(tmp_path, *streamed(place, *settings)))
+
+
 def test_kill_9_and_resume_equal_a_run_that_was_never_killed(place, tmp_path):
     """With workers that prefetch, balanced rows, in the middle of an epoch, and other workers afterwards."""
     settings = small(

@@ -170,7 +170,7 @@ def read_documents(
     def records() -> Iterator[Record]:
         if kind == "hub":
             return read_hub(str(path), config, split, fields.names(), (fields.id,))
-        return chain.from_iterable(_READERS[kind](file, fields) for file in _files(kind, path))
+        return chain.from_iterable(_READERS[kind](file, fields) for file in files_of(kind, path))
 
     iterator = islice(records(), limit) if on_duplicate == "keep" else _Ids(fields.id, records).of(on_duplicate, limit)
     first = next(iterator, None)
@@ -313,7 +313,12 @@ def _arrow(file: Path, fields: Fields) -> Iterator[Record]:
 _READERS = {"jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow}
 
 
-def _files(kind: str, path: Paths | None) -> list[Path]:
+def files_of(kind: str, path: Paths | None) -> list[Path]:
+    """The files of a source of kind "jsonl", "parquet" or "arrow".
+
+    Raises:
+        DataError: no path, or nothing there.
+    """
     if path is None:
         raise DataError(f"data of kind {kind!r} needs a path: a file, a folder, a glob or a list of them")
     return find_files(path, _SUFFIXES[kind])
@@ -338,7 +343,7 @@ def _gsm8k_records(path: Paths | None, split: str) -> Iterator[Record]:
     if path is None:
         records = read_hub("openai/gsm8k", "main", split, fields.names())
     else:
-        records = chain.from_iterable(read_jsonl(file) for file in _files("jsonl", path))
+        records = chain.from_iterable(read_jsonl(file) for file in files_of("jsonl", path))
     for record in records:
         values = normalise(record, "prompt", fields)
         prompt = _GSM8K_PROMPT.format(question=values["prompt"])

@@ -165,6 +165,17 @@ class PackedStream:
             **{name: getattr(self, name) for name in _SAME_ON_RESUME},
         }
 
+    def report(self) -> dict[str, int]:
+        """Rows of this pass so far, and documents and tokens in them, over all ranks; pieces of a document count each.
+
+        Every rank must call this at the same step. With workers some of the last batches are not counted yet.
+        """
+        reports = [lane["report"] for lane in self.state_dict()["lanes"].values()]
+        return {
+            name: sum(report[key] for report in reports)
+            for name, key in (("rows", "rows"), ("documents", "in rows"), ("tokens", "tokens in rows"))
+        }
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the last batch delivered when the state was taken; any number of ranks and workers.
 
@@ -366,6 +377,8 @@ class _Lane:
             self.report["repeated ids"] = self._ids.found()[0] if self._ids is not None else 0
             return []
         self.report["rows"] += len(rows)
+        self.report["in rows"] += sum(len(row["lengths"]) for row in rows)
+        self.report["tokens in rows"] += sum(len(row["input_ids"]) for row in rows)
         return rows + [dict(FILLER)] * (self.batch_size - len(rows))
 
     def _next_row(self) -> list[_Piece]:
@@ -483,7 +496,7 @@ class _Lane:
 _SAME_ON_RESUME = ("seq_len", "batch_size", "pool", "overflow", "num_shards", "fingerprint")
 _NOTHING: Mapping[str, Any] = {
     "documents": 0, "rows": 0, "tokens": 0, "longer than a row": 0, "tokens lost": 0, "cut bare": 0,
-    "first cut bare": "", "repeated ids": 0,
+    "first cut bare": "", "repeated ids": 0, "in rows": 0, "tokens in rows": 0,
 }  # fmt: skip
 
 

@@ -91,10 +91,7 @@ def tokenize_documents(
     """
     import datasets  # here and not above: it takes a second, and the options above are checked without it
 
-    if on_unsupervised not in get_args(OnUnsupervised):
-        raise ValueError(f"on_unsupervised must be 'error' or 'drop'; got {on_unsupervised!r}")
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length must be at least 2, one token to see and one to predict; got {max_length}")
+    check_options(on_unsupervised, max_length)
     if num_proc is not None and num_proc < 1:
         raise ValueError(f"num_proc must be at least 1, or None for no worker; got {num_proc}")
     if not len(documents):
@@ -125,6 +122,18 @@ def tokenize_documents(
     return TokenizedDocuments(
         kept, len(documents), len(documents) - len(kept), int((cut > 0).sum()), int(cut.sum()), tokens, supervised
     )
+
+
+def check_options(on_unsupervised: str, max_length: int | None) -> None:
+    """Refuse options that are unknown or out of range.
+
+    Raises:
+        ValueError: which.
+    """
+    if on_unsupervised not in get_args(OnUnsupervised):
+        raise ValueError(f"on_unsupervised must be 'error' or 'drop'; got {on_unsupervised!r}")
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be at least 2, one token to see and one to predict; got {max_length}")
 
 
 def form_of(columns: list[str]) -> str:

@@ -8,6 +8,7 @@ from packflex.integrations.lightning.module import CausalLMModule
 from packflex.integrations.lightning.profile import ProfileSteps
 from packflex.integrations.lightning.resume import resume_loader
 from packflex.integrations.lightning.signals import SaveOnSignal
+from packflex.integrations.lightning.stream_datamodule import StreamDataModule
 
 __all__ = [
     "CausalLMModule",
@@ -18,5 +19,6 @@ __all__ = [
     "PackedDataModule",
     "ProfileSteps",
     "SaveOnSignal",
+    "StreamDataModule",
     "resume_loader",
 ]

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from packflex import BlockMask, create_block_mask, flex_attention, masks
 from packflex.testing.mod_case import SMALL_TILES, check_mod_case, run_mod_case
 from packflex.testing.mods import mod_cases
+from packflex.testing.tolerances import relative_error
 
 CASES = {case.name: case for case in mod_cases()}
 LEARNED = [name for name, case in CASES.items() if case.mods().captured]
@@ -77,3 +79,42 @@ def test_many_heads_of_a_group(name, heads):
     if first.grads.keys() - {"dq", "dk", "dv"}:
         second = check_mod_case(case, "triton", deterministic=True, kernel_options=options)
         assert torch.equal(first.out, second.out)
+
+
+@pytest.mark.parametrize("score_mod", [None, lambda score, b, h, q, kv: score - 0.1 * (q - kv).abs()], ids=["", "mod"])
+def test_blocks_may_be_listed_in_any_order(score_mod):
+    """The parts of the first and last listed blocks that a tile cannot see are skipped, whichever blocks those are."""
+    length, tile = 230, 64
+    mask_mod = masks.dilated_window(25, 3)
+    ordered = create_block_mask(mask_mod, None, None, length, length, "cpu", tile)
+    backwards = BlockMask.from_kv_blocks(
+        ordered.kv_num_blocks, _reversed(ordered.kv_num_blocks, ordered.kv_indices),
+        ordered.full_kv_num_blocks, _reversed(ordered.full_kv_num_blocks, ordered.full_kv_indices),
+        tile, mask_mod, (length, length),
+    )  # fmt: skip
+    assert (backwards.kv_indices != ordered.kv_indices).any()
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, heads, length, 16, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+    results = []
+    for mask, backend, options in (
+        (ordered, "reference", None),
+        (ordered, "triton", SMALL_TILES),
+        (backwards, "triton", SMALL_TILES),
+    ):
+        out = flex_attention(
+            *inputs, score_mod=score_mod, block_mask=mask, enable_gqa=True, backend=backend, kernel_options=options
+        )
+        results.append([out.detach(), *torch.autograd.grad((out * out).sum(), inputs)])
+    for found in results[1:]:
+        for ours, exact in zip(found, results[0], strict=True):
+            assert relative_error(ours, exact) < 3e-6
+
+
+def _reversed(counts, indices):
+    """Index lists with the listed ones backwards, the others behind them as they are."""
+    flipped = indices.clone()
+    for place in range(counts.numel()):
+        count = int(counts.view(-1)[place])
+        row = flipped.view(-1, flipped.shape[-1])[place]
+        row[:count] = row[:count].flip(0)
+    return flipped

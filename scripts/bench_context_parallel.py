@@ -41,6 +41,7 @@ from packflex.parallel.layout import ShardedLayout, shard_batch
 from packflex.testing.ranks import run_ranks
 from packflex.testing.tolerances import relative_error
 
+_EAGER_MASK = 65536  # tokens of a row
 METHODS = {
     "one": "packflex, 1 GPU",
     "packflex": "packflex, context parallel",
@@ -238,8 +239,10 @@ def torch_flex(bench: Bench, problem: Problem) -> dict[str, Any]:
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (q_idx >= kv_idx) & (ids[q_idx] == ids[kv_idx])
 
+    # compiling its mask takes a minute; uncompiled it evaluates every element into memory, 4 GiB a copy at 64k
+    compiled = cuda and problem.row > _EAGER_MASK
     began = time.perf_counter()
-    whole = (torch.compile(create_block_mask, dynamic=False) if cuda else create_block_mask)(
+    whole = (torch.compile(create_block_mask, dynamic=False) if compiled else create_block_mask)(
         mask_mod, 1, 1, problem.row, problem.row, device=str(bench.device)
     )
     if problem.kind == "single":

@@ -33,8 +33,9 @@ def kept(lifted: Lifted, device: torch.device, what: Hashable, make: Callable[[]
     key = (lifted.key, tuple(lifted.numbers), device, what)
     if key not in _kept:
         made = make()
-        if sum(x.nbytes for x in tree_leaves(made) if isinstance(x, Tensor)) > _MOST_BYTES:
-            return made
+        tensors = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
+        if any(type(x) is not Tensor for x in tensors) or sum(x.nbytes for x in tensors) > _MOST_BYTES:
+            return made  # fake tensors, which have no values, among others
         _kept[key] = made
         if len(_kept) > _MOST:
             _kept.pop(next(iter(_kept)))

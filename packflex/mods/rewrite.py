@@ -13,8 +13,6 @@ import torch
 from packflex.mods.nodes import INDICES, Builder, Node, Program
 
 LOG2_E = math.log2(math.e)
-
-
 _FAR = 1 << 30  # beyond every index, and far enough from overflow
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from packflex import create_block_mask, masks
 from packflex.masks import kept
@@ -60,7 +61,10 @@ def test_large_ones_and_old_ones_are_not_kept(monkeypatch):
     assert tensors(masks.causal, length=1)[0] is not first[0]
 
 
-def test_not_in_inference_mode():
+def test_not_in_inference_mode_and_no_fake_tensors():
     with torch.inference_mode():
         tensors(masks.causal)
+    assert not kept._kept
+    with FakeTensorMode():
+        assert isinstance(tensors(masks.causal)[0], FakeTensor)
     assert not kept._kept

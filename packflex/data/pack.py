@@ -61,7 +61,8 @@ def pack_dataset(
         ValueError: no `input_ids`, no documents, an empty or padded document, labels or masks of another length, ids
             below 0 or beyond int32, a document too long for overflow="error", a plan for documents of other lengths;
             all with the name of the offending document.
-        TypeError: a column that does not hold lists of integers, with the document that shows it.
+        TypeError: what is no `Dataset`, or a column that does not hold lists of integers, with the document that shows
+            it.
 
     Example:
         >>> documents = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6, 7], [8] * 7]})
@@ -178,10 +179,22 @@ def _supervised(tokens: _TokenColumn, marks: _TokenColumn | None) -> Any:
     return lambda documents, starts, lengths: marks.gather(documents, starts, lengths) != passed_over
 
 
+def _instead(dataset: Any) -> str:
+    """What to do with data of another kind."""
+    if isinstance(dataset, datasets.DatasetDict):
+        return f": choose one of its splits, {', '.join(dataset)}"
+    if isinstance(dataset, datasets.IterableDataset):
+        return ": pack a stream with packflex.data.stream.PackedStream"
+    maker = "from_dict" if isinstance(dataset, dict) else "from_list"
+    return f": make one with datasets.Dataset.{maker}(...)"
+
+
 class _TokenColumn:
     """A column of integer lists as numpy views of its chunks, gathered by (document, start, length)."""
 
     def __init__(self, dataset: Dataset, name: str) -> None:
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"packing takes a datasets.Dataset; got {type(dataset).__name__}{_instead(dataset)}")
         if name not in dataset.column_names:
             raise ValueError(
                 f"the data set has no column {name!r} (its columns are {', '.join(dataset.column_names)}); "

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -296,3 +296,20 @@ def test_documents_that_are_all_dropped():
         ValueError, match="all 2 documents are longer than seq_len=8 and dropped, so there is no row; use"
     ):
         pack_dataset(documents_of([9, 10]), 8, overflow="drop")
+
+
+@pytest.mark.parametrize(
+    ("data", "remedy"),
+    [
+        ({"input_ids": [[1, 2]]}, r"got dict: make one with datasets.Dataset.from_dict"),
+        ([{"input_ids": [1, 2]}], r"got list: make one with datasets.Dataset.from_list"),
+        (
+            DatasetDict(train=Dataset.from_dict({"input_ids": [[1]]})),
+            "got DatasetDict: choose one of its splits, train",
+        ),
+        (Dataset.from_dict({"input_ids": [[1]]}).to_iterable_dataset(), "got IterableDataset: pack a stream with"),
+    ],
+)
+def test_what_is_no_dataset(data, remedy):
+    with pytest.raises(TypeError, match=remedy):
+        pack_dataset(data, seq_len=8)

@@ -351,6 +351,18 @@ def test_two_ranks_end_together_when_rows_do_not_divide(tmp_path, order):
 
 
 @pytest.mark.slow
+def test_a_rank_without_documents_looks_for_leaks_with_the_tokens_of_others(tmp_path):
+    """One row on two ranks: the second has nothing but fillers, and neither waits for the other."""
+    data = PackedDataModule(packed_rows().select(range(1)), seq_len=SEQ_LEN, batch_size=1)
+    limits = {"devices": 2, "strategy": "ddp_fork", "max_steps": -1, "max_epochs": 2}
+    trainer(tmp_path, [PackFlexCallback(), CountSteps(tmp_path)], **limits).fit(CausalLMModule(tiny_model(), SGD), data)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    assert ranks[0][0] == 2
+    assert all(0 < loss < 10 for loss in ranks[0][1])
+
+
+@pytest.mark.slow
 def test_one_and_two_ranks_have_the_same_losses_at_the_same_global_batch(tmp_path):
     """Six steps of four rows: one rank with batches of four, two ranks with batches of two."""
     curves = []

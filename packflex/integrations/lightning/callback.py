@@ -27,6 +27,8 @@ OUT_OF_MEMORY = (
     'gradient checkpointing, a loss that holds no logits (CausalLMModule(loss="chunked")), a lower seq_len'
 )
 
+_SHARED_TOKENS = 512  # different ones of a rank that others may need for the leak check
+
 
 class PackFlexCallback(L.Callback):
     """Train on packed batches: `Trainer(callbacks=[PackFlexCallback()])` and a loader with `PackedCollator`.
@@ -133,7 +135,7 @@ class PackFlexCallback(L.Callback):
             with trainer.precision_plugin.forward_context():
                 check_leaks(
                     self._model or pl_module,
-                    _whole(batch),
+                    _with_tokens(_whole(batch), trainer.world_size),
                     forward=None if run is None else lambda probe: run(pl_module, probe),
                 )
         if not self._throughput.started:
@@ -207,6 +209,25 @@ def _packed(batch: Any) -> PackedLayout | ShardedLayout:
             "Collate packed rows with packflex.data.collate.PackedCollator"
         )
     return packed
+
+
+def _with_tokens(batch: Any, ranks: int) -> Any:
+    """The batch, or on a rank whose first batch holds no documents to speak of, one with the tokens of all ranks.
+
+    All ranks look for leaks together or none does: a sharded model's forward passes wait for one another.
+    """
+    if ranks == 1 or not torch.distributed.is_initialized():
+        return batch
+    ids, packed = batch["input_ids"], batch["packed"]
+    own = ids[packed.document_ids.to(ids.device) >= 0].unique()[:_SHARED_TOKENS].tolist()
+    gathered: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(gathered, own)
+    if len(own) > 1:
+        return batch
+    tokens = torch.tensor(sorted(set().union(*gathered)), device=ids.device)[None]
+    layout = PackedLayout.from_lengths([[max(1, tokens.shape[1])]]).to(ids.device)
+    made = {"input_ids": tokens, "labels": tokens, "position_ids": layout.position_ids}
+    return {name: made[name] for name in made if batch.get(name) is not None} | {"packed": layout}
 
 
 def _whole(batch: Any) -> Any:

@@ -304,6 +304,20 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int | None) -> None:
         config.steps.warmup = max(1, round(config.steps.total * config.steps.warmup_share))
 
 
+def unwritten(error: OSError) -> SetupError:
+    """What to do about a file or folder that could not be read or written; an error that names none goes on.
+
+    Raises:
+        OSError: the same, when it names no file.
+    """
+    if error.filename is None or error.strerror is None:
+        raise error
+    return SetupError(
+        f"{error.filename}: {error.strerror}; check the disk and the permissions, or choose other folders "
+        "(hydra.run.dir=... for what the run writes, paths.cache_dir=... for tokenizers)"
+    )
+
+
 def one_line_of(error: BaseException) -> str:
     """What an error says, in one line: Hydra adds the places that it looked in, and wraps what a target raised."""
     cause = error.__cause__

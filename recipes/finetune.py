@@ -39,6 +39,7 @@ from _checks import (
     launcher_error,
     one_line_of,
     stream_settings,
+    unwritten,
 )
 from _cluster import join_ranks
 from _data import DocumentNames, PackedSplits, is_stream, prepare, say
@@ -266,6 +267,8 @@ def run_config(config: DictConfig) -> None:
         finetune(config)
     except USER_ERRORS as error:  # here and not in main: Hydra would announce it with a line of its own
         _stop(error)
+    except OSError as error:
+        _stop(unwritten(error))
 
 
 def run_command(run: Callable[[], Any]) -> None:
@@ -281,6 +284,8 @@ def run_command(run: Callable[[], Any]) -> None:
         run()
     except USER_ERRORS as error:  # a config that could not be composed
         _stop(error)
+    except OSError as error:  # a folder of the run that Hydra could not make
+        _stop(unwritten(error))
     except RuntimeError as error:
         reason = launcher_error(error)
         if reason is None:

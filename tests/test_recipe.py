@@ -291,6 +291,19 @@ def test_the_command_line_fails_in_one_line(tmp_path):
     assert done.stderr == f"finetune: error: {tmp_path}/x.jsonl: no such file or folder; check the path\n"
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(*small(place, f"hydra.run.dir={tmp_path}/file/out"))
+    assert done.returncode == 2
+    assert re.fullmatch(rf"finetune: error: {tmp_path}/file/\S+: Not a directory; .*hydra.run.dir=.*\n", done.stderr)
+    done = run(*small(place, f"hydra.run.dir={tmp_path}/out", f"callbacks.checkpoint.dirpath={tmp_path}/file/x",
+                      "callbacks.checkpoint.every_n_train_steps=1"))  # fmt: skip
+    assert done.returncode == 2
+    assert re.fullmatch(
+        rf"finetune: error: {tmp_path}/file/\S*: Not a directory; .*\n", done.stderr.splitlines(True)[-1]
+    )
+
+
 def test_a_terminated_run_says_how_to_go_on(place, tmp_path):
     out = tmp_path / "out"
     settings = small(place, "trainer.max_steps=100000", "logger.csv.flush_logs_every_n_steps=1", f"hydra.run.dir={out}")

@@ -33,7 +33,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 6},
     "smollm3": {"use_sliding_window": True, "no_rope_layers": [1, 0], **_ALTERNATING},
     "olmo3": _ALTERNATING,
-    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, **_ALTERNATING},
+    # the length that its RoPE scaling is for
+    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "max_position_embeddings": 131072, **_ALTERNATING},
 }
 
 

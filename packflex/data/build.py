@@ -134,7 +134,7 @@ def build_packed(
             manifest = run.manifest(plan, fingerprint, files, checksums, counts, sources, file_format)
             with written_whole(run.rows / MANIFEST_NAME) as path:
                 path.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-            move_into_place(run.rows, folder)
+            move_into_place(run.rows, folder, overwrite)
         except BaseException:
             run.leave()
             raise
@@ -233,7 +233,12 @@ class _Run:
 
     def _is_done(self, number: int, digest: str) -> bool:
         path = self.jobs.tokens(number)
-        return path.is_file() and _metadata(path).get("key") == _key(self.jobs.settings, digest)
+        if not path.is_file() or (meta := _metadata(path)).get("key") != _key(self.jobs.settings, digest):
+            return False
+        try:
+            return meta.get("sha256") == _tokens_digest(_open_arrow(path))
+        except (DataError, ValueError):  # damaged since: tokenise again
+            return False
 
     def tokenise(self) -> None:
         """Make the chunks' tokens that are missing."""
@@ -410,6 +415,7 @@ class _Run:
             shutil.rmtree(self.work, ignore_errors=True)
 
 
+_SHARD_COUNTS = ("rows", "documents", "tokens", "supervised", "unsupervised")
 _PLAN_ARRAYS = ("document_indices", "piece_starts", "piece_lengths", "row_offsets")
 
 
@@ -460,11 +466,12 @@ def _tokenise_chunk(jobs: _Tokenising, number: int) -> Counts:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     tokens_of = np.concatenate(values) if values else np.zeros(0, np.int32)
     column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens_of))
-    meta = {"key": _key(jobs.settings, digest), "counts": json.dumps(counts)}
     made = {"tokens": column}
     if "source" in table.column_names:
         made["source"] = pa.array(sources, pa.large_string())
-    _write_arrow(pa.table(made).replace_schema_metadata(meta), jobs.tokens(number))
+    tokens = pa.table(made)
+    meta = {"key": _key(jobs.settings, digest), "counts": json.dumps(counts), "sha256": _tokens_digest(tokens)}
+    _write_arrow(tokens.replace_schema_metadata(meta), jobs.tokens(number))
     jobs.text(number).unlink()
     return counts
 
@@ -475,7 +482,7 @@ def _write_shard(jobs: _Writing, number: int) -> Counts:
 
     plan = {name: np.load(jobs.work / f"plan-{name}.npy", mmap_mode="r") for name in ("starts", *_PLAN_ARRAYS)}
     first, last = jobs.bounds[number], jobs.bounds[number + 1]
-    counts = {"rows": last - first, "documents": 0, "tokens": 0, "supervised": 0, "unsupervised": 0}
+    counts = dict.fromkeys(_SHARD_COUNTS, 0) | {"rows": last - first}
     path = jobs.rows / jobs.names[number]
     jobs.sidecar(number).unlink(missing_ok=True)
     with written_whole(path) as partial, shard_writer(partial, jobs.file_format) as writer:
@@ -517,9 +524,13 @@ def _is_written(jobs: _Writing, number: int) -> bool:
     path, sidecar = jobs.rows / jobs.names[number], jobs.sidecar(number)
     if not (path.is_file() and sidecar.is_file()):
         return False
-    record = json.loads(sidecar.read_text())
-    same = record["fingerprint"] == jobs.fingerprint and record["bytes"] == path.stat().st_size
-    return same and record.get("sha256") == sha256_of(path)
+    try:
+        record = json.loads(sidecar.read_text())
+        known = (record["fingerprint"], record["bytes"], record["sha256"])
+        whole = all(isinstance(record["counts"][name], int) for name in _SHARD_COUNTS)
+    except (ValueError, KeyError, TypeError):  # damaged: write the shard again
+        return False
+    return whole and known == (jobs.fingerprint, path.stat().st_size, sha256_of(path))
 
 
 def _gather(
@@ -566,6 +577,17 @@ def _open_arrow(path: Path) -> pa.Table:
         raise DataError(
             f"{path}: missing or damaged ({one_line(error)}); remove the folder {path.parent} and pack again"
         ) from error
+
+
+def _tokens_digest(table: pa.Table) -> str:
+    """SHA-256 of a chunk's tokens, lengths and sources."""
+    digest = hashlib.sha256()
+    for chunk in table.column("tokens").chunks:
+        digest.update(chunk.value_lengths().to_numpy().tobytes())
+        digest.update(chunk.flatten().to_numpy().tobytes())
+    if "source" in table.column_names:
+        digest.update("\n".join(table.column("source").to_pylist()).encode())
+    return digest.hexdigest()
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ into place, so a folder of that name is whole; what is not is refused when it is
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -187,7 +188,7 @@ def write_packed(
         # Last: a folder without it is half-written.
         (aside / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
         os.chmod(aside, 0o755)  # mkdtemp keeps others out
-        move_into_place(aside, folder)
+        move_into_place(aside, folder, overwrite)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifest
@@ -432,15 +433,26 @@ def pack_fingerprint(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def move_into_place(aside: Path, folder: Path) -> None:
-    """Give a finished folder its name, in place of a data set that is there."""
+def move_into_place(aside: Path, folder: Path, overwrite: bool) -> None:
+    """Give a finished folder its name, with `overwrite` in place of a packed data set that is there.
+
+    Raises:
+        DataError: a folder that came there meanwhile, and is not to be replaced; it and `aside` are left as they are.
+    """
+    check_output(folder, overwrite)
     if folder.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
         os.rename(folder, old / folder.name)
         os.rename(aside, folder)
         shutil.rmtree(old)
-    else:
+        return
+    try:
         os.rename(aside, folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        check_output(folder, overwrite)  # somebody made it between the two lines above
+        raise
 
 
 def shard_writer(path: Path, file_format: FileFormat) -> Any:

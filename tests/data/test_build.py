@@ -414,3 +414,60 @@ def test_a_link_to_nowhere_is_refused_before_the_work(tmp_path, tokenizer):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"file/\.out\.packing: cannot be written .*; choose another output"):
         build_packed(iter([]), tmp_path / "file" / "out", tokenizer)
+
+
+def stopped(source, out, tokenizer, step):
+    """A run that ends at the beginning of a step; its work folder is left."""
+
+    def stop(now, done, total):
+        if now == step and done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, out, tokenizer, progress=stop)
+    return out.with_name(f".{out.name}.packing")
+
+
+def test_a_folder_that_comes_there_meanwhile_is_left_alone(source, tmp_path, tokenizer):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    pack(source, whole, tokenizer)
+
+    def interfere(step, done, total):
+        if step == "writing" and not out.exists():
+            out.mkdir()
+            (out / "thesis.txt").write_text("years of work")
+
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=f"{out}: is there"):
+            pack(source, out, tokenizer, progress=interfere, overwrite=overwrite)
+        assert contents(out) == {"thesis.txt": b"years of work"}
+        out.rename(tmp_path / f"mine-{overwrite}")
+    pack(source, out, tokenizer)
+    assert contents(out) == contents(whole)
+
+
+def test_kept_tokens_that_were_damaged_are_made_again(source, tmp_path, tokenizer):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    pack(source, whole, tokenizer)
+    work = stopped(source, out, tokenizer, "writing")
+    path = work / "tokens-000001.arrow"
+    content = bytearray(path.read_bytes())
+    values = build._open_arrow(path).column("tokens").chunk(0).flatten().to_numpy()[:8].tobytes()
+    at = content.index(values)
+    content[at] ^= 1
+    path.write_bytes(content)
+    pack(source, out, tokenizer)
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"fingerprint": 1, "bytes": 2, "sha256": 3, "counts": {}}'])
+def test_what_is_noted_of_a_shard_may_be_damaged(source, tmp_path, tokenizer, content):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    pack(source, whole, tokenizer)
+    work = stopped(source, out, tokenizer, "writing")
+    notes = sorted(work.glob("rows-*.json"))
+    assert notes
+    for note in notes:
+        note.write_text(content)
+    pack(source, out, tokenizer)
+    assert contents(out) == contents(whole)

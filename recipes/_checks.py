@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from packflex.attention.api import BACKENDS
 from packflex.data.tokenized_stream import KINDS
+from packflex.integrations.lightning import is_out_of_memory
 from packflex.integrations.lightning.module import LOSSES
 from packflex.integrations.lightning.resume import loader_states, steps_to_come
 from packflex.losses import WEIGHTINGS
@@ -304,6 +305,12 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int | None) -> None:
         config.steps.warmup = max(1, round(config.steps.total * config.steps.warmup_share))
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a rank waited for another that is no longer there."""
+    text = str(error)
+    return any(sign in text for sign in ("by peer", "Broken pipe", "remote process exited", "ncclRemoteError"))
+
+
 def unwritten(error: OSError) -> SetupError:
     """What to do about a file or folder that could not be read or written; an error that names none goes on.
 
@@ -323,7 +330,7 @@ def one_line_of(error: BaseException) -> str:
     cause = error.__cause__
     if isinstance(error, InstantiationException) and isinstance(cause, ValueError):
         return one_line_of(cause)
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return (
             f"{' '.join(str(error).split())} To need less memory, in this order: a lower packing.batch_size with more "
             "trainer.accumulate_grad_batches, model.gradient_checkpointing=true, module.loss=chunked, a lower "

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from packflex.data.tokenizer import load_tokenizer
 from packflex.evaluate import document_losses
+from packflex.integrations.lightning import is_out_of_memory
 from packflex.models import SetupError
 from packflex.report import shortest
 
@@ -110,6 +111,10 @@ def run(config: DictConfig) -> None:
     try:
         evaluate(config)
     except USER_ERRORS as error:
+        _stop(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         _stop(error)
 
 

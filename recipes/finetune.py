@@ -36,6 +36,7 @@ from _checks import (
     check_single_run,
     check_stream,
     fill_in,
+    is_lost_rank,
     launcher_error,
     one_line_of,
     stream_settings,
@@ -64,6 +65,7 @@ from packflex.integrations.lightning import (
     PackedDataModule,
     SaveOnSignal,
     StreamDataModule,
+    is_out_of_memory,
 )
 from packflex.integrations.lightning.shapes import token_cost
 from packflex.models import SetupError, add_adapters
@@ -269,6 +271,17 @@ def run_config(config: DictConfig) -> None:
         _stop(error)
     except OSError as error:
         _stop(unwritten(error))
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):  # of the host; a GPU's is a type of its own
+            _stop(error)
+        if not is_lost_rank(error):
+            raise
+        _stop(
+            SetupError(
+                "another rank of this run has died: it says why above, or was killed. Go on from the last checkpoint: "
+                f"ckpt_path={shortest(Path(config.paths.output_dir) / 'checkpoints')}/..."
+            )
+        )
 
 
 def run_command(run: Callable[[], Any]) -> None:

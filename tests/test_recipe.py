@@ -359,6 +359,29 @@ def test_out_of_memory_in_one_line():
     assert torch.OutOfMemoryError in recipe.USER_ERRORS
 
 
+def test_host_memory_and_lost_ranks_in_one_line(place, tmp_path, monkeypatch, capsys):
+    def fails(config):
+        raise error
+
+    monkeypatch.setattr(recipe, "finetune", fails)
+    config = composed(tmp_path, *small(place))
+    with pytest.raises(RuntimeError) as host:
+        torch.empty(2**60, dtype=torch.uint8)
+    gloo = "[/x/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:9908: Connection reset by peer. This is ..."
+    for error, said in (
+        (host.value, "DefaultCPUAllocator.* To need less memory, in this order"),
+        (MemoryError("Unable to allocate 9 GiB"), "Unable to allocate 9 GiB To need less memory"),
+        (RuntimeError(gloo), r"another rank of this run has died.*ckpt_path=\S+/checkpoints/\.\.\."),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            recipe.run_config(config)
+        assert stopped.value.code == 2
+        assert re.search(said, capsys.readouterr().err)
+    error = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        recipe.run_config(config)
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_adapters_are_trained_saved_and_merged(place, tmp_path):
     peft = pytest.importorskip("peft")

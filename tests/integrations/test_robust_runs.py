@@ -2,13 +2,17 @@
 
 import logging
 import os
+import re
 import signal
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+import torch.multiprocessing as mp
 from lightning.fabric.utilities.cloud_io import _atomic_save
 
+from packflex import PackedLayout
 from packflex.integrations.lightning import (
     CausalLMModule,
     NonFiniteLossError,
@@ -17,7 +21,9 @@ from packflex.integrations.lightning import (
     PackFlexCallback,
     ProfileSteps,
     SaveOnSignal,
+    is_out_of_memory,
 )
+from packflex.parallel.layout import shard_batch
 from tests.integrations.test_lightning import SEQ_LEN, SGD, Recorder, packed_rows, tiny_model, trainer
 from tests.integrations.test_lightning import pytestmark as quiet
 
@@ -115,7 +121,8 @@ def test_the_guard_looks_one_batch_back_where_the_host_runs_ahead(tmp_path):
 
     class Late(NonFiniteLossGuard):
         def on_before_backward(self, trainer, pl_module, loss):
-            before, self._waiting = self._waiting, (self._batch, loss.detach(), trainer.global_step)
+            now = (self._batch, loss.detach(), (~loss.detach().isfinite()).float(), trainer.global_step)
+            before, self._waiting = self._waiting, now
             if before is not None:
                 self._check(trainer, pl_module, before)
 
@@ -130,6 +137,70 @@ def test_the_guard_looks_one_batch_back_where_the_host_runs_ahead(tmp_path):
             fit.fit(CausalLMModule(poisoned_model(), SGD), sequential)
         saved = torch.load(tmp_path / str(steps) / "nonfinite_batch.pt", weights_only=True)
         assert saved["lengths"] == [rows[first]["lengths"]]
+
+
+class Noting(NonFiniteLossGuard):
+    """Notes what it says on each rank in a file, before the first process to end has the others killed."""
+
+    def _check(self, *arguments):
+        try:
+            super()._check(*arguments)
+        except NonFiniteLossError as error:
+            (self.dirpath / f"rank{torch.distributed.get_rank()}").write_text(str(error))
+            torch.distributed.barrier()
+            raise
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_with_the_message_of_the_one_whose_loss_it_is(tmp_path):
+    rows = packed_rows()
+    # on two ranks row i is rank i % 2's, so the first bad row decides whose loss it is
+    first = [BAD in ids for ids in rows["input_ids"]].index(True)
+    data = PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=1, order="sequential")
+    callbacks = [PackFlexCallback(leak_check=False), Noting(tmp_path)]
+    fit = trainer(tmp_path, callbacks, max_steps=len(rows), devices=2, strategy="ddp_fork")
+    with pytest.raises(mp.ProcessRaisedException):
+        fit.fit(CausalLMModule(poisoned_model(), SGD), data)
+    messages = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
+    assert messages[0] == messages[1]
+    bad = [rank for rank in range(2) if f"the loss of rank {rank} is nan" in messages[0]]
+    assert first % 2 in bad
+    assert f"after {first // 2} optimizer steps" in messages[0]
+    assert "documents whose logits are not finite: document " in messages[0]
+    assert {path.name for path in tmp_path.glob("*.pt")} == {f"nonfinite_batch_rank{rank}.pt" for rank in bad}
+
+
+def test_documents_of_a_batch_that_ranks_share_are_named(tmp_path):
+    """Context parallelism: pieces of documents, by their number in the batch."""
+    layout = PackedLayout.from_lengths([[40, 3, 5]], 64)
+    ids = torch.arange(1, 65)[None]
+    whole = {"input_ids": ids, "labels": ids.clone(), "position_ids": layout.position_ids, "packed": layout}
+    guard, seen = NonFiniteLossGuard(tmp_path), set()
+    for rank in range(2):
+        batch = shard_batch(whole, 2, rank)
+        fit = SimpleNamespace(world_size=1, global_rank=rank, default_root_dir=tmp_path)
+        module = CausalLMModule(tiny_model(), SGD)
+        with pytest.raises(NonFiniteLossError, match="documents of the batch: document") as error:
+            guard._check(fit, module, (batch, torch.tensor(torch.nan), torch.tensor(1.0), 7))
+        found = re.findall(r"document (\d+) of the shared batch \((\d+) tokens: ([\d ]+) \.\.\.\)", str(error.value))
+        pieces = batch["packed"].mine
+        assert [(int(d), int(n)) for d, n, _ in found] == [(p.document, p.end - p.start) for p in pieces]
+        starts = (0, 40, 43)
+        assert [int(first.split()[0]) for *_, first in found] == [1 + starts[p.document] + p.start for p in pieces]
+        saved = torch.load(tmp_path / "nonfinite_batch.pt", weights_only=True)
+        assert saved["pieces"] == [[p.document, p.start, p.end] for p in pieces]
+        assert saved["lengths"] == [40, 3, 5]
+        seen |= {p.document for p in pieces}
+    assert seen == {0, 1, 2}
+
+
+def test_what_running_out_of_memory_looks_like():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_out_of_memory_names_the_settings(tmp_path):

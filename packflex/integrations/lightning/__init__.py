@@ -1,6 +1,6 @@
 """Lightning: a callback that makes any LightningModule train on packed batches, and what the recipe is made of."""
 
-from packflex.integrations.lightning.callback import PackFlexCallback
+from packflex.integrations.lightning.callback import PackFlexCallback, is_out_of_memory
 from packflex.integrations.lightning.context_parallel import ContextParallel
 from packflex.integrations.lightning.datamodule import PackedDataModule
 from packflex.integrations.lightning.guard import NonFiniteLossError, NonFiniteLossGuard
@@ -20,5 +20,6 @@ __all__ = [
     "ProfileSteps",
     "SaveOnSignal",
     "StreamDataModule",
+    "is_out_of_memory",
     "resume_loader",
 ]

@@ -181,7 +181,7 @@ class PackFlexCallback(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Add to an out-of-memory error which settings to lower."""
-        if isinstance(exception, torch.OutOfMemoryError):
+        if is_out_of_memory(exception):
             exception.add_note(OUT_OF_MEMORY)
 
     def _prepare(self, batch: Any) -> PackedLayout | ShardedLayout:
@@ -211,6 +211,13 @@ def _packed(batch: Any) -> PackedLayout | ShardedLayout:
     return packed
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left for what was asked for."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def _with_tokens(batch: Any, ranks: int) -> Any:
     """The batch, or on a rank whose first batch holds no documents to speak of, one with the tokens of all ranks.
 
@@ -235,6 +242,7 @@ def _whole(batch: Any) -> Any:
     packed = batch["packed"]
     if not isinstance(packed, ShardedLayout):
         return batch
-    tokens = batch["input_ids"][:, : packed.num_tokens]
-    layout = PackedLayout.from_lengths([[packed.num_tokens]]).to(tokens.device)
+    tokens = batch["input_ids"][:, : max(1, packed.num_tokens)]
+    lengths = [[packed.num_tokens]] if packed.num_tokens else [[]]
+    layout = PackedLayout.from_lengths(lengths, tokens.shape[1]).to(tokens.device)
     return {"input_ids": tokens, "position_ids": layout.position_ids, "packed": layout}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from packflex.integrations.transformers import transformers_models
 from packflex.layout import PackedLayout
+from packflex.parallel.layout import ShardedLayout
 
 _NAMED = 8  # documents in the message; the file holds them all
 
@@ -24,7 +25,8 @@ class NonFiniteLossGuard(L.Callback):
     """Look at every batch's loss before its backward, and stop at the first that is not finite.
 
     On a GPU the loss looked at is the one before, so that the host runs ahead by a batch and need not wait. What stops
-    is therefore at most one optimizer step late; checkpoints are from before.
+    is therefore at most one optimizer step late; checkpoints are from before. Several ranks stop together, all with the
+    message of the one whose loss it is.
 
     The batch goes to `nonfinite_batch.pt`: `torch.load(path)` gives its tensors, and `lengths`, those of the documents
     of each row. Documents whose own logits are not finite are named; all of the batch's when it cannot be told, since
@@ -47,7 +49,7 @@ class NonFiniteLossGuard(L.Callback):
         self.dirpath = dirpath
         self.name_document = name_document
         self._batch: Any = None
-        self._waiting: tuple[Any, Tensor, int] | None = None
+        self._waiting: _Waiting | None = None
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -56,8 +58,11 @@ class NonFiniteLossGuard(L.Callback):
         self._batch = batch
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Look at this batch's loss, or at the one before on a GPU."""
-        now = (self._batch, loss.detach(), trainer.global_step)
+        """Look at this batch's loss, or at the one before on a GPU; at those of all ranks."""
+        bad = (~loss.detach().isfinite()).float()
+        if trainer.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+        now = (self._batch, loss.detach(), bad, trainer.global_step)
         if loss.device.type == "cpu":
             self._check(trainer, pl_module, now)
             return
@@ -71,38 +76,72 @@ class NonFiniteLossGuard(L.Callback):
         if before is not None:
             self._check(trainer, pl_module, before)
 
-    def _check(self, trainer: L.Trainer, pl_module: L.LightningModule, item: tuple[Any, Tensor, int]) -> None:
-        batch, loss, step = item
-        value = float(loss)
-        if value - value == 0:  # finite
+    def _check(self, trainer: L.Trainer, pl_module: L.LightningModule, item: _Waiting) -> None:
+        """Stop if any rank's loss is not finite: all ranks do, with the message of those whose own is not."""
+        batch, loss, bad, step = item
+        if not float(bad):
             return
+        weights_fine = all(_gathered(trainer, all(_is_finite(p) for p in pl_module.parameters())))
+        # on every rank, for a sharded model's forward passes wait for one another
+        culprits = _culprits(trainer, pl_module, batch) if weights_fine else []
+        value = float(loss)
+        own = None if value - value == 0 else self._message(trainer, batch, value, step, weights_fine, culprits)
+        raise NonFiniteLossError(" ".join(filter(None, _gathered(trainer, own))))
+
+    def _message(
+        self, trainer: L.Trainer, batch: Any, value: float, step: int, weights_fine: bool, culprits: list[_Place]
+    ) -> str:
         folder = Path(trainer.default_root_dir if self.dirpath is None else self.dirpath)
         folder.mkdir(parents=True, exist_ok=True)
-        rank = f"_rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = folder / f"nonfinite_batch{rank}.pt"
+        many = trainer.world_size > 1
+        path = folder / f"nonfinite_batch{f'_rank{trainer.global_rank}' if many else ''}.pt"
         torch.save(_plain(batch), path)
-        weights_fine = all(bool(p.isfinite().all()) for p in pl_module.parameters())
-        culprits = _culprits(trainer, pl_module, batch) if weights_fine else []
         packed = batch.get("packed") if isinstance(batch, Mapping) else None
-        named = culprits or _all_documents(packed)
+        named = culprits or _places(packed)
         about = "documents whose logits are not finite" if culprits else "documents of the batch"
-        names = "; ".join(self._name(batch, packed, b, d) for b, d in named[:_NAMED])
+        names = "; ".join(self._name(batch, packed, place) for place in named[:_NAMED])
         more = f"; and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         state = "" if weights_fine else " Weights are not finite either: go on from a checkpoint."
-        raise NonFiniteLossError(
-            f"the loss is {value} after {step} optimizer steps. Saved the batch to {path}; {about}: {names}{more}."
+        whose = f"the loss of rank {trainer.global_rank}" if many else "the loss"
+        return (
+            f"{whose} is {value} after {step} optimizer steps. Saved the batch to {path}; {about}: {names}{more}."
             f"{state} Common causes: a learning rate that is too high, float16 without a scaler, broken documents"
         )
 
-    def _name(self, batch: Any, packed: PackedLayout | None, b: int, d: int) -> str:
-        if packed is None:
-            return f"row {b}"
-        start = sum(packed.lengths[b][:d])
-        ids = batch["input_ids"][b, : sum(packed.lengths[b])].tolist()
-        if self.name_document is not None:
-            return self.name_document(ids, d)
-        first = " ".join(map(str, ids[start : start + min(6, packed.lengths[b][d])]))
-        return f"document {d} of row {b} ({packed.lengths[b][d]} tokens: {first} ...)"
+    def _name(self, batch: Any, packed: Any, place: _Place) -> str:
+        row = batch["input_ids"][place.row]
+        if self.name_document is not None and isinstance(packed, PackedLayout):
+            return self.name_document(row[: sum(packed.lengths[place.row])].tolist(), place.document)
+        first = " ".join(map(str, row[place.start : place.start + min(6, place.length)].tolist()))
+        where = f"of row {place.row}" if isinstance(packed, PackedLayout) else "of the shared batch"
+        return f"document {place.document} {where} ({place.length} tokens: {first} ...)"
+
+
+class _Place(NamedTuple):
+    """Where a document, or a rank's piece of one, lies in a batch."""
+
+    row: int
+    document: int
+    start: int
+    length: int
+
+
+_Waiting = tuple[Any, Tensor, Tensor, int]  # batch, loss, whether any rank's is not finite, steps
+
+
+def _gathered(trainer: L.Trainer, value: Any) -> list[Any]:
+    """Every rank's value."""
+    if trainer.world_size == 1 or not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _is_finite(parameter: Tensor) -> bool:
+    """Of a sharded weight, this rank's part."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return bool(local.isfinite().all())
 
 
 def _plain(batch: Any) -> Any:
@@ -110,23 +149,40 @@ def _plain(batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return batch.detach().cpu()
     if isinstance(batch, Mapping):
-        plain = {str(name): _plain(value) for name, value in batch.items() if not isinstance(value, PackedLayout)}
-        layouts = [value for value in batch.values() if isinstance(value, PackedLayout)]
-        return plain | ({"lengths": [list(row) for row in layouts[0].lengths]} if layouts else {})
+        layouts = (PackedLayout, ShardedLayout)
+        plain = {str(name): _plain(value) for name, value in batch.items() if not isinstance(value, layouts)}
+        for packed in batch.values():
+            if isinstance(packed, PackedLayout):
+                plain["lengths"] = [list(row) for row in packed.lengths]
+            elif isinstance(packed, ShardedLayout):
+                plain["lengths"] = list(packed.lengths)
+                plain["pieces"] = [[piece.document, piece.start, piece.end] for piece in packed.mine]
+        return plain
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         return [_plain(value) for value in batch]
     return batch if isinstance(batch, int | float | str | bool | None) else repr(batch)
 
 
-def _all_documents(packed: PackedLayout | None) -> list[tuple[int, int]]:
-    if packed is None:
-        return []
-    return [(b, d) for b, row in enumerate(packed.lengths) for d in range(len(row))]
+def _places(packed: Any) -> list[_Place]:
+    """The documents of a batch, in order; of one that ranks share, the pieces on this one."""
+    places = []
+    if isinstance(packed, ShardedLayout):
+        start = 0
+        for piece in packed.mine:
+            places.append(_Place(0, piece.document, start, piece.end - piece.start))
+            start += piece.end - piece.start
+    elif isinstance(packed, PackedLayout):
+        for row, lengths in enumerate(packed.lengths):
+            start = 0
+            for document, length in enumerate(lengths):
+                places.append(_Place(row, document, start, length))
+                start += length
+    return places
 
 
 @torch.no_grad()
-def _culprits(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> list[tuple[int, int]]:
-    """(row, document) of the documents whose logits are not finite; empty when no transformers model can be asked."""
+def _culprits(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> list[_Place]:
+    """The documents whose logits are not finite; empty when no transformers model can be asked."""
     models = transformers_models(pl_module)
     if len(models) != 1 or not isinstance(batch, Mapping) or not isinstance(batch.get("packed"), PackedLayout):
         return []
@@ -134,10 +190,4 @@ def _culprits(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> l
     with trainer.precision_plugin.forward_context():
         logits = models[0](**inputs).logits
     bad = (~logits.isfinite()).any(-1).cpu()
-    packed: PackedLayout = batch["packed"]
-    found = []
-    for b, d in _all_documents(packed):
-        start = sum(packed.lengths[b][:d])
-        if bad[b, start : start + packed.lengths[b][d]].any():
-            found.append((b, d))
-    return found
+    return [p for p in _places(batch["packed"]) if bad[p.row, p.start : p.start + p.length].any()]

@@ -360,8 +360,10 @@ def test_out_of_memory_in_one_line():
 
 
 def test_host_memory_and_lost_ranks_in_one_line(place, tmp_path, monkeypatch, capsys):
+    errors = []
+
     def fails(config):
-        raise error
+        raise errors[-1]
 
     monkeypatch.setattr(recipe, "finetune", fails)
     config = composed(tmp_path, *small(place))
@@ -373,11 +375,12 @@ def test_host_memory_and_lost_ranks_in_one_line(place, tmp_path, monkeypatch, ca
         (MemoryError("Unable to allocate 9 GiB"), "Unable to allocate 9 GiB To need less memory"),
         (RuntimeError(gloo), r"another rank of this run has died.*ckpt_path=\S+/checkpoints/\.\.\."),
     ):
+        errors.append(error)
         with pytest.raises(SystemExit) as stopped:
             recipe.run_config(config)
         assert stopped.value.code == 2
         assert re.search(said, capsys.readouterr().err)
-    error = RuntimeError("a fault of ours")
+    errors.append(RuntimeError("a fault of ours"))
     with pytest.raises(RuntimeError, match="a fault of ours"):
         recipe.run_config(config)
 

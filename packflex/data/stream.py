@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _SNAPSHOT_EVERY = 16  # batches of a lane between the states that a worker sends
 _INT32_MAX = 2**31 - 1
+_END: Any = object()  # of a source, which may hold anything
 _KNOWN_BY = 16  # first documents by which a resume knows a lane's source again
 _Piece = tuple[np.ndarray, np.ndarray]  # input_ids, labels, int32
 
@@ -263,7 +265,7 @@ class PackedStream:
                 f"all {documents:,} documents of the stream are longer than seq_len={self.seq_len}, and "
                 'overflow="drop" leaves none; raise seq_len, or choose overflow="split"'
             )
-        if not documents and next(iter(copy.copy(self.source)), None) is None:
+        if not documents and next(iter(copy.copy(self.source)), _END) is _END:
             raise DataError("the stream's source gives no document; check its files, its split and its filters")
         logger.warning(
             "rank %d has no documents: its batches count for nothing; give the source more shards, or fewer ranks",
@@ -385,8 +387,8 @@ class _Lane:
         if self._documents is None and not self._exhausted:
             self._documents = self._open()
         while not self._exhausted and not self.packer.is_full:
-            document = next(self._documents, None)  # type: ignore[arg-type]
-            if document is None:
+            document = next(self._documents, _END)  # type: ignore[arg-type]
+            if document is _END:
                 self._exhausted = True
                 break
             self._read += 1
@@ -405,7 +407,7 @@ class _Lane:
             return iter(self.source)
         documents = iter(self.source)
         for _ in range(self._read):  # no state to go on from: read and pass over
-            next(documents, None)
+            next(documents, _END)
         return documents
 
     def require_same_source(self) -> None:
@@ -418,8 +420,8 @@ class _Lane:
             self.source.set_epoch(self.epoch)
         documents = iter(self.source)
         for at, known in enumerate(self._first):
-            document = next(documents, None)
-            if document is None or _digest(document) != known:
+            document = next(documents, _END)
+            if document is _END or _digest(document) != known:
                 raise DataError(
                     f"document {at} of lane {self.number} is not the one that the checkpoint's stream read: resume "
                     "with the same source, or start a new run from the weights"
@@ -507,6 +509,7 @@ class _Feed(IterableDataset[Any]):
         self.lanes, self.collate, self.batch_size, self.snapshots = lanes, collate, batch_size, snapshots
 
     def __iter__(self) -> Iterator[tuple[int, Any, dict[str, Any] | None, dict[str, Any]]]:
+        _read_as_in_the_main_process()
         if self.snapshots:
             for lane in self.lanes:
                 lane.replay()
@@ -519,6 +522,18 @@ class _Feed(IterableDataset[Any]):
                 active.remove(lane)
             state = lane.state() if self.snapshots and (first or not rows) else None
             yield lane.number, (self.collate(rows) if rows else None), state, lane.report
+
+
+def _read_as_in_the_main_process() -> None:
+    """Hide from `datasets` that this is a worker: it would share a lane out again, and shuffle it in another order.
+
+    Lanes are shared out already, and must give the same documents wherever they are read.
+    """
+    if torch.utils.data.get_worker_info() is None:
+        return
+    torch.utils.data._utils.worker._worker_info = None
+    if "fsspec" in sys.modules:  # as `datasets` does in a worker: locks that a fork has copied are of the parent
+        sys.modules["fsspec"].asyn.reset_lock()
 
 
 def _fresh_state(number: int) -> dict[str, Any]:

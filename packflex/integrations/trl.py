@@ -13,7 +13,7 @@ they hand over: `position_ids` that restart in every document, or an `attention_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,15 +38,22 @@ def use_packflex(trainer: Trainer, backend: str | None = None) -> None:
         backend: of `packflex.flex_attention`, the best for the device when None.
 
     Raises:
-        ValueError: TRL's "wrapped" packing, whose batches no longer tell where documents begin, or a backend that
-            does not exist.
+        ValueError: TRL's "wrapped" packing, and packed evaluation without packed or padding-free training, whose
+            batches no longer tell where documents begin; or a backend that does not exist.
         NotImplementedError: a model that mixes documents outside attention.
     """
     args = trainer.args
-    if getattr(args, "packing", False) and getattr(args, "packing_strategy", None) == "wrapped":
+    packing, packs_eval = getattr(args, "packing", False), getattr(args, "eval_packing", None)
+    packs_eval = packing if packs_eval is None else packs_eval
+    if (packing or packs_eval) and getattr(args, "packing_strategy", None) == "wrapped":
         raise ValueError(
             'packing_strategy="wrapped" forgets where documents begin, so they would see each other; use '
             'packing_strategy="bfd"'
+        )
+    if packs_eval and not packing and not getattr(args, "padding_free", False):
+        raise ValueError(
+            "eval_packing=True with packing=False: TRL then collates packed rows as if each were one document, and "
+            "documents would see each other; set padding_free=True, packing=True, or eval_packing=False"
         )
     enable_packflex(trainer.model, backend)  # type: ignore[arg-type]
     if not isinstance(trainer.data_collator, LayoutCollator):
@@ -68,7 +75,8 @@ class LayoutCollator:
         """The other collator's batch without masks and varlen arguments, with `packed`.
 
         Raises:
-            ValueError: a batch with neither `position_ids` nor `attention_mask`, or with padding on the left.
+            ValueError: a batch with neither `position_ids` nor `attention_mask`, packed rows without `position_ids`, or
+                padding on the left.
         """
         batch = dict(self.collator(examples))
         positions, mask = batch.get("position_ids"), batch.pop("attention_mask", None)
@@ -79,6 +87,13 @@ class LayoutCollator:
                 f"{type(self.collator).__name__} gave neither position_ids nor attention_mask (only "
                 f"{', '.join(batch)}), so documents cannot be told apart; for TRL set packing=True or padding_free=True"
             )
+        packed = next((i for i, example in enumerate(examples) if len(_seq_lengths(example)) > 1), None)
+        if positions is None and packed is not None:
+            raise ValueError(
+                f"example {packed} of the batch is packed (seq_lengths {_seq_lengths(examples[packed])}), and "
+                f"{type(self.collator).__name__} gave no position_ids, so its documents would see each other; set "
+                "padding_free=True"
+            )
         real = None if mask is None else _lengths(mask)
         if positions is None:
             assert real is not None
@@ -87,6 +102,12 @@ class LayoutCollator:
         else:
             batch["packed"] = PackedLayout.from_position_ids(positions, real)
         return batch
+
+
+def _seq_lengths(example: Any) -> list[int]:
+    """What TRL's packing notes of a row: the lengths of its documents; empty for other rows."""
+    found = example.get("seq_lengths") if isinstance(example, Mapping) else None
+    return [] if found is None else list(found)
 
 
 def _lengths(mask: Tensor) -> list[int]:

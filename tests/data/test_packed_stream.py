@@ -5,7 +5,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, interleave_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -322,3 +322,34 @@ def test_ids_that_came_before_and_lost_supervision_are_told_as_the_stream_goes(c
 def test_a_source_that_gives_its_documents_once_is_refused():
     with pytest.raises(ValueError, match=r"each time it is iterated, and a generator gives them once; give a list"):
         make({"input_ids": [i]} for i in range(3))
+
+
+def shuffled(kind):
+    """Streams of datasets that keep documents back: their order is drawn, and the same each time."""
+    if kind == "interleaved":
+        halves = [DOCUMENTS.select(range(start, COUNT, 2)).to_iterable_dataset(num_shards=4) for start in range(2)]
+        return interleave_datasets(halves, probabilities=[0.3, 0.7], seed=1, stopping_strategy="all_exhausted")
+    return source(4).shuffle(seed=1, buffer_size=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["shuffled", "interleaved"])
+def test_shuffled_streams_are_the_same_in_workers_and_resume(kind):
+    whole = [documents_of(batch) for batch in make(shuffled(kind), lanes=4)]
+    if kind == "shuffled":
+        assert sorted(chain(*whole)) == list(range(1, COUNT + 1))
+    for before, after in ((0, 2), (2, 0), (2, 2), (0, 0)):
+        first = make(shuffled(kind), lanes=4, num_workers=before)
+        batches = iter(first)
+        head = [documents_of(next(batches)) for _ in range(9)]
+        state = first.state_dict()
+        batches.close()
+        second = make(shuffled(kind), lanes=4, num_workers=after)
+        second.load_state_dict(state)
+        assert head + [documents_of(batch) for batch in second] == whole, (before, after)
+
+
+def test_a_document_of_none_is_refused_and_ends_nothing():
+    documents = [{"input_ids": [1, 2]}, None, {"input_ids": [3]}]
+    with pytest.raises(DataError, match="document 1 of lane 0: a NoneType, and a document must be a mapping"):
+        list(make(documents))

@@ -119,6 +119,27 @@ def test_wrapped_packing_is_refused(tmp_path):
         sft(tmp_path, True, packing=True, packing_strategy="wrapped", max_length=40)
 
 
+def test_packed_evaluation_that_is_collated_as_single_documents_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"eval_packing=True with packing=False: .*documents would see each other"):
+        sft(tmp_path, True, packing=False, eval_packing=True, max_length=40)
+    with pytest.raises(ValueError, match='packing_strategy="wrapped" forgets'):
+        sft(tmp_path, True, packing=False, eval_packing=True, packing_strategy="wrapped", max_length=40)
+    trainer = sft(tmp_path, True, packing=False, padding_free=True, max_length=None)
+    row = {"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, 3, 4, 5], "seq_lengths": [2, 3]}
+    assert trainer.data_collator([row, row])["packed"].lengths == ((2, 3, 2, 3),)
+
+
+def test_packed_rows_without_position_ids_are_refused():
+    def padding(examples):
+        ids = torch.tensor([example["input_ids"] for example in examples])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    with pytest.raises(ValueError, match=r"example 1 of the batch is packed \(seq_lengths \[1, 1\]\)"):
+        LayoutCollator(padding)([{"input_ids": [1, 2]}, {"input_ids": [3, 4], "seq_lengths": [1, 1]}])
+    one = LayoutCollator(padding)([{"input_ids": [1, 2], "seq_lengths": [2]}])
+    assert one["packed"].lengths == ((2,),)
+
+
 def test_batches_that_tell_nothing():
     with pytest.raises(ValueError, match="gave neither position_ids nor attention_mask"):
         LayoutCollator(lambda examples: {"input_ids": torch.zeros(1, 4)})([])

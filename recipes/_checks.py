@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from _sharding import whole_copy
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
@@ -117,6 +118,11 @@ def check_checkpoint(path: str | None, max_steps: int) -> int:
             "the folder that trainer=fsdp wrote in its place"
         )
     if not Path(path).exists():
+        if (copy := whole_copy(Path(path))) is not None:
+            raise SetupError(
+                f"{path}: not there, for a run was killed while it replaced it; a whole one is {copy}: give that, or "
+                "rename it"
+            )
         raise SetupError(
             f"{path}: no such checkpoint; ckpt_path is a file that a run wrote, such as checkpoints/last.ckpt"
         )
@@ -325,17 +331,24 @@ def unwritten(error: OSError) -> SetupError:
     )
 
 
-def one_line_of(error: BaseException) -> str:
-    """What an error says, in one line: Hydra adds the places that it looked in, and wraps what a target raised."""
+_LOWER = (
+    "a lower packing.batch_size with more trainer.accumulate_grad_batches, model.gradient_checkpointing=true, "
+    "module.loss=chunked, a lower packing.seq_len"
+)
+
+
+def one_line_of(error: BaseException, lower: str = _LOWER) -> str:
+    """What an error says, in one line: Hydra adds the places that it looked in, and wraps what a target raised.
+
+    Args:
+        error: the error.
+        lower: what to lower where memory ran out.
+    """
     cause = error.__cause__
     if isinstance(error, InstantiationException) and isinstance(cause, ValueError):
-        return one_line_of(cause)
+        return one_line_of(cause, lower)
     if is_out_of_memory(error):
-        return (
-            f"{' '.join(str(error).split())} To need less memory, in this order: a lower packing.batch_size with more "
-            "trainer.accumulate_grad_batches, model.gradient_checkpointing=true, module.loss=chunked, a lower "
-            "packing.seq_len"
-        )
+        return f"{' '.join(str(error).split())} To need less memory, in this order: {lower}"
     text = " ".join(str(error).split())
     if isinstance(cause, Exception) and str(cause) not in str(error) and isinstance(error, HydraException):
         text += " " + " ".join(str(cause).split())
@@ -348,6 +361,8 @@ def one_line_of(error: BaseException) -> str:
         r"there is no setting \1; --cfg job shows all of them (\2 adds one)",
         text,
     )
+    if "wandb" in text and isinstance(error, InstantiationException) and isinstance(cause, ModuleNotFoundError):
+        text = "logger=wandb needs `pip install packflex[wandb]`; logger=csv needs nothing"
     if "Could not load 'hydra/launcher/submitit" in text:
         text += " It is part of an extra: pip install packflex[slurm]"
     if "${trainer.devices}" in text and "could not be converted to Integer" in text:

@@ -32,18 +32,32 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write beside, then rename: a run that is killed meanwhile leaves no mixture of two checkpoints."""
+        """Write beside, then rename: a run that is killed meanwhile leaves a whole checkpoint, see `whole_copy`."""
         path = Path(self.broadcast(filepath))
-        aside = path.with_name(f".{path.name}.writing")
+        aside, old = (path.with_name(f".{path.name}.{what}") for what in ("writing", "old"))
         if self.is_global_zero:
+            copy = whole_copy(path)
+            if copy is not None:  # an earlier run was killed between the two names
+                copy.rename(path)
             _remove(aside)
+            _remove(old)
         self.barrier()
         super().save_checkpoint(checkpoint, aside, storage_options)
         self.barrier()
         if self.is_global_zero:
-            _remove(path)
+            if path.exists():
+                path.rename(old)
             aside.rename(path)
+            _remove(old)
         self.barrier()
+
+
+def whole_copy(path: Path) -> Path | None:
+    """Where a checkpoint is that a kill kept from its name; None when it has it, or there is none."""
+    if path.exists():
+        return None
+    copies = (path.with_name(f".{path.name}.{what}") for what in ("writing", "old"))
+    return next((copy for copy in copies if (copy / ".metadata").is_file() or copy.is_file()), None)
 
 
 def _remove(path: Path) -> None:

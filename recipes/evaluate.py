@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in finetune.py
 import hydra
 import numpy as np
 import torch
-from _checks import one_line_of
+from _checks import one_line_of, unwritten
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -38,6 +38,11 @@ USER_ERRORS = (ValueError, NotImplementedError, torch.OutOfMemoryError, HydraExc
 
 def evaluate(config: DictConfig) -> dict[str, float | int]:
     """Run a config; returns what summary.json holds."""
+    for setting, least in (("packing.batch_size", 1), ("packing.seq_len", 2)):
+        value = OmegaConf.select(config, setting)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise SetupError(f"{setting}={value} must be a whole number of at least {least}")
+    Path(config.paths.output_dir).mkdir(parents=True, exist_ok=True)  # before the long work
     device = _device(config.device)
     autocast = _precision(str(config.precision), device)
     name = config.tokenizer.path if config.tokenizer.path is not None else config.model.path
@@ -112,6 +117,8 @@ def run(config: DictConfig) -> None:
         evaluate(config)
     except USER_ERRORS as error:
         _stop(error)
+    except OSError as error:
+        _stop(unwritten(error))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -121,7 +128,10 @@ def run(config: DictConfig) -> None:
 def _stop(error: Exception) -> NoReturn:
     if "debug=true" in sys.argv:
         raise error
-    print(f"evaluate: error: {one_line_of(error)}", file=sys.stderr)
+    print(
+        f"evaluate: error: {one_line_of(error, lower='a lower packing.batch_size, a lower packing.seq_len')}",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 

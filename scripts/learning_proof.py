@@ -288,6 +288,11 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any] | None:
         }
     found["difference"] = found["packed"]["heldout_mean"] - found["padded"]["heldout_mean"]
     found["standard_error"] = math.sqrt(sum(found[way]["heldout_std"] ** 2 / found[way]["seeds"] for way in WAYS))
+    seeds = sorted({r["seed"] for r in by["packed"]} & {r["seed"] for r in by["padded"]})
+    of = {(r["way"], r["seed"]): r["heldout"] for r in good}
+    found["by_seed"] = {seed: of["packed", seed] - of["padded", seed] for seed in seeds}
+    apart = list(found["by_seed"].values())
+    found["paired_standard_error"] = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else float("nan")
     found["speed_up"] = found["padded"]["seconds"] / found["packed"]["seconds"]
     return found
 
@@ -316,7 +321,9 @@ def table(results: list[dict[str, Any]]) -> str:
             f"\n\nHeld-out loss: packed {packed['heldout_mean']:.4f} ({packed['heldout_std']:.4f} over "
             f"{packed['seeds']} seeds), padded {padded['heldout_mean']:.4f} ({padded['heldout_std']:.4f} over "
             f"{padded['seeds']}); difference {found['difference']:+.4f}, its standard error "
-            f"{found['standard_error']:.4f}.\nTraining: packed {packed['seconds']:.1f} s, padded "
+            f"{found['standard_error']:.4f}. By seed, whose initial weights are the same: "
+            f"{', '.join(f'{x:+.4f}' for x in found['by_seed'].values())}, standard error of their mean "
+            f"{found['paired_standard_error']:.4f}.\nTraining: packed {packed['seconds']:.1f} s, padded "
             f"{padded['seconds']:.1f} s, speed-up {found['speed_up']:.2f}."
         )
     return text

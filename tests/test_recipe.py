@@ -15,6 +15,7 @@ from datasets import disable_progress_bars
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import OmegaConf
 
 from packflex.data.errors import DataError
@@ -27,8 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import finetune as recipe  # noqa: E402
-from _checks import one_line_of  # noqa: E402
+from _checks import check_checkpoint, one_line_of  # noqa: E402
 from _data import load_splits, prepare  # noqa: E402
+from _sharding import FullyShardedStrategy, whole_copy  # noqa: E402
 
 disable_progress_bars()
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -608,3 +610,46 @@ def test_resumed_on_other_ranks_an_epoch_is_still_every_document_once(place, tmp
     again, total = read("again")
     assert sum(one[:4]) + sum(two[:2]) + sum(again) == 58
     assert 6 + len(again) == total
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_sharded_checkpoint_that_is_replaced_is_whole_wherever_a_kill_comes(tmp_path, monkeypatch, at):
+    path = tmp_path / "last.ckpt"
+
+    def write(self, checkpoint, filepath, storage_options=None):
+        filepath.mkdir()
+        (filepath / ".metadata").write_text(checkpoint)
+
+    monkeypatch.setattr(ModelParallelStrategy, "save_checkpoint", write)
+    monkeypatch.setattr(ModelParallelStrategy, "broadcast", lambda self, x: x)
+    monkeypatch.setattr(ModelParallelStrategy, "barrier", lambda self: None)
+    monkeypatch.setattr(ModelParallelStrategy, "is_global_zero", True)
+    strategy = FullyShardedStrategy()
+    strategy.save_checkpoint("first", path)
+    calls = []
+
+    def counted(self, *arguments, real=Path.rename):
+        calls.append(self)
+        if len(calls) == at:
+            raise KilledError
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", counted)
+        if at < 3:
+            with pytest.raises(KilledError):
+                strategy.save_checkpoint("second", path)
+        else:
+            strategy.save_checkpoint("second", path)
+    found = path if path.exists() else whole_copy(path)
+    assert (found / ".metadata").read_text() == {1: "first", 2: "second", 3: "second"}[at]
+    if not path.exists():
+        with pytest.raises(SetupError, match=re.escape(f"a whole one is {found}")):
+            check_checkpoint(str(path), -1)
+    strategy.save_checkpoint("third", path)
+    assert (path / ".metadata").read_text() == "third"
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]

@@ -235,6 +235,8 @@ class PackedStream:
             while active:
                 number = min(active, key=lambda n: (turn[n][0], n))
                 lane, batch, state, report = next(feeds[number])
+                if isinstance(batch, DataError):
+                    raise batch
                 assert lane == number, "a feed gives its lanes in the order in which they are asked for"
                 turn[number] = (turn[number][0] + 1, batch is None)
                 if state is not None:
@@ -517,7 +519,13 @@ class _Feed(IterableDataset[Any]):
         while active:
             lane = min(active, key=lambda lane: (lane.batches, lane.number))
             first = lane.batches % _SNAPSHOT_EVERY == 0
-            rows = lane.next_rows()
+            try:
+                rows = lane.next_rows()
+            except DataError as error:
+                if torch.utils.data.get_worker_info() is None and not self.snapshots:
+                    raise
+                yield lane.number, error, None, lane.report  # a worker's exceptions come with its traceback as text
+                return
             if not rows:
                 active.remove(lane)
             state = lane.state() if self.snapshots and (first or not rows) else None

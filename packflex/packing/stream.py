@@ -26,7 +26,8 @@ class StreamPacker(Generic[D]):
 
     Args:
         seq_len: tokens of a row.
-        pool: documents that wait at most; more fill rows better and mix the order more.
+        pool: documents that wait, or as many more as a row holds where they are short; more fill rows better and mix
+            the order more.
 
     Raises:
         ValueError: `seq_len` or `pool` below 1.
@@ -49,6 +50,7 @@ class StreamPacker(Generic[D]):
         self._by_length: dict[int, deque[int]] = {}
         self._lengths = LengthSet(seq_len, [])
         self._arrived = 0
+        self._tokens = 0  # that wait
 
     def __len__(self) -> int:
         """Documents that wait."""
@@ -57,7 +59,7 @@ class StreamPacker(Generic[D]):
     @property
     def is_full(self) -> bool:
         """Whether a row should be taken before the next document comes."""
-        return len(self._documents) >= self.pool
+        return len(self._documents) >= self.pool and self._tokens >= self.seq_len
 
     def add(self, document: D, length: int) -> None:
         """Put a document of `length` tokens into the pool.
@@ -74,6 +76,7 @@ class StreamPacker(Generic[D]):
         waiting.append(self._arrived)
         self._documents[self._arrived] = (self._arrived, length, document)
         self._arrived += 1
+        self._tokens += length
 
     def take_row(self) -> list[D]:
         """The documents of the next row; empty when none waits."""
@@ -125,7 +128,7 @@ class StreamPacker(Generic[D]):
         """Put back what `pending` gave, in place of what waits."""
         self._documents.clear()
         self._by_length.clear()
-        self._lengths = LengthSet(self.seq_len, [])
+        self._lengths, self._tokens = LengthSet(self.seq_len, []), 0
         for document, length in pending:
             self.add(document, length)
 
@@ -136,6 +139,7 @@ class StreamPacker(Generic[D]):
         """The oldest document of a length; the oldest of all is the oldest of its length."""
         waiting = self._by_length[length]
         number = waiting.popleft()
+        self._tokens -= length
         if not waiting:
             del self._by_length[length]
             self._lengths.remove(length)
@@ -144,6 +148,7 @@ class StreamPacker(Generic[D]):
     def _put_back(self, taken: _Waiting[D]) -> int:
         """Undo `_take` of a document that was the oldest; its length."""
         number, length, _ = taken
+        self._tokens += length
         self._documents[number] = taken
         self._documents.move_to_end(number, last=False)
         if length not in self._by_length:

@@ -353,3 +353,10 @@ def test_a_document_of_none_is_refused_and_ends_nothing():
     documents = [{"input_ids": [1, 2]}, None, {"input_ids": [3]}]
     with pytest.raises(DataError, match="document 1 of lane 0: a NoneType, and a document must be a mapping"):
         list(make(documents))
+
+
+def test_what_is_wrong_in_a_worker_is_said_in_one_line():
+    documents = [{"input_ids": [1, 2]}] * 5 + [{"input_ids": [], "source": "late.jsonl:6"}]
+    with pytest.raises(DataError) as error:
+        list(make(documents, num_workers=1))
+    assert str(error.value) == "late.jsonl:6: the document is empty; leave empty documents out of the stream"

@@ -81,6 +81,23 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert stopper.caught == signal.SIGINT
 
 
+class SendToOne(SendSignal):
+    """The signal to one rank alone."""
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.global_rank == 1:
+            super().on_before_backward(trainer, pl_module, loss)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
+    """At once, however slow the steps are: schedulers wait for half a minute."""
+    callbacks = [SaveOnSignal(tmp_path), SendToOne(signal.SIGTERM, 2)]
+    fit = trainer(tmp_path, callbacks, max_steps=8, devices=2, strategy="ddp_fork")
+    fit.fit(CausalLMModule(tiny_model(), SGD), data(batch_size=1))
+    assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == 3
+
+
 def poisoned_model():
     model = tiny_model()
     model.model.embed_tokens.register_forward_hook(

@@ -69,3 +69,10 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match=f"length must be from 1 to seq_len=8; got {length}"):
             StreamPacker(8).add("a", length)
     assert StreamPacker(8).take_row() == []
+
+
+def test_a_row_of_short_documents_waits_for_enough_of_them():
+    """A row holds more documents than the pool when they are short."""
+    lengths = [1, 2, 1, 1] * 200
+    rows = rows_of(StreamPacker(100, pool=10), enumerate(lengths))
+    assert [sum(lengths[number] for number in row) for row in rows] == [100] * 10

@@ -12,14 +12,13 @@ import torch
 
 # SIGUSR2 is what submitit has SLURM send some minutes before a job's time is over.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-_CHECK_EVERY = 10  # steps between two questions to the other ranks, each of which waits for the device
 
 
 class SaveOnSignal(L.Callback):
     """On SIGINT, SIGTERM or SIGUSR2, finish the optimizer step, save a checkpoint, and stop training.
 
     A second Ctrl-C stops at once, without a checkpoint. Over several ranks a signal to any of them stops all at the
-    same step, a few steps later. Lightning's own handling of them is set aside while training runs.
+    same step, on GPUs one step later. Lightning's own handling of them is set aside while training runs.
 
     Args:
         dirpath: folder of `interrupted.ckpt`; the trainer's `default_root_dir` when None.
@@ -36,10 +35,11 @@ class SaveOnSignal(L.Callback):
         self.checkpoint: Path | None = None
         self._handlers: dict[signal.Signals, Any] = {}
         self._step = 0
+        self._asked: torch.Tensor | None = None  # signals on all ranks, as of the step before
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the signals."""
-        self.caught, self.checkpoint = None, None
+        self.caught, self.checkpoint, self._asked = None, None, None
         self._step = trainer.global_step
         for number in _SIGNALS:
             self._handlers[number] = signal.signal(number, self._note)
@@ -74,10 +74,11 @@ class SaveOnSignal(L.Callback):
     def _anyone(self, trainer: L.Trainer) -> bool:
         if trainer.world_size == 1:
             return self.caught is not None
-        if trainer.global_step % _CHECK_EVERY:
-            return False
         here = torch.tensor(float(self.caught is not None), device=trainer.strategy.root_device)
-        anyone = bool(trainer.strategy.reduce(here, reduce_op="sum") > 0)
+        now = trainer.strategy.reduce(here, reduce_op="sum")
+        # on a GPU the answer to the question before, so that the host need not wait for the device
+        before, self._asked = (now, None) if here.device.type == "cpu" else (self._asked, now)
+        anyone = before is not None and bool(before > 0)
         if anyone and self.caught is None:
             self.caught = signal.SIGTERM  # another rank's
         return anyone

@@ -58,6 +58,7 @@ class ChatEncoder:
                 "Jinja file (chat_template=, --chat-template FILE), or an instruct model's tokenizer"
             )
         self._special = frozenset(self.tokenizer.all_special_ids)
+        self._writes_calls = False  # whether the template has been seen to write tool calls
 
     def encode(
         self, messages: list[dict[str, Any]], tools: Tools = None, source: str = "conversation"
@@ -77,6 +78,7 @@ class ChatEncoder:
         if self.turns == "last" and assistant:
             assistant = assistant[-1:]
             messages = messages[: assistant[0] + 1]
+        self._require_written_calls(messages, tools, source)
         template = self.tokenizer.get_chat_template(tools=tools or None)
         if _is_marked(template) and self.tokenizer.is_fast:
             return self._encode_marked(messages, tools, source)
@@ -85,6 +87,13 @@ class ChatEncoder:
     def _encode_marked(self, messages: list[dict[str, Any]], tools: Tools, source: str) -> tuple[list[int], list[int]]:
         out = self._apply(messages, tools, source, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = list(out["input_ids"]), list(out["assistant_masks"])
+        said = [_says_something(message) for message in messages if message["role"] == "assistant"]
+        runs = [i for i, (one, before) in enumerate(zip(mask, [0, *mask], strict=False)) if one and not before]
+        if not all(said) and len(runs) == len(said):
+            for start, something in zip(runs, said, strict=True):
+                if not something:
+                    end = next((i for i in range(start, len(mask)) if not mask[i]), len(mask))
+                    mask[start:end] = [0] * (end - start)
         if self.turns == "last" and 1 in mask:
             end = len(mask) - mask[::-1].index(1)
             start = max((i + 1 for i in range(end) if not mask[i]), default=0)
@@ -114,7 +123,8 @@ class ChatEncoder:
                 )
             if not has_prompt:
                 before += self._header(messages[:turn], before, after, tools, source)
-            pieces += [(whole[cursor : len(before)], False), (whole[len(before) : len(after)], True)]
+            said = _says_something(messages[turn])
+            pieces += [(whole[cursor : len(before)], False), (whole[len(before) : len(after)], said)]
             cursor = len(after)
         pieces.append((whole[cursor:], False))
         pieces = [piece for piece in pieces if piece[0]]
@@ -146,6 +156,27 @@ class ChatEncoder:
             return len(tokens)
         return last_mark + 1
 
+    def _require_written_calls(self, messages: list[dict[str, Any]], tools: Tools, source: str) -> None:
+        """See, once, that the template writes what the assistant calls; many forget it without a word.
+
+        Raises:
+            DataError: a template that does not.
+        """
+        if self._writes_calls or not any(m["role"] == "assistant" and m.get("tool_calls") for m in messages):
+            return
+        others = [
+            {**m, "tool_calls": [_renamed(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m
+            for m in messages
+        ]
+        texts = [self._apply(each, tools, source, tokenize=False) for each in (messages, others)]
+        if texts[0] == texts[1]:
+            raise DataError(
+                f"{source}: the assistant calls tools, and the chat template of {tokenizer_name(self.tokenizer)} does "
+                "not write 'tool_calls', so they would be lost; give a template that does (chat_template=, "
+                "--chat-template FILE), or leave such conversations out"
+            )
+        self._writes_calls = True
+
     def _apply(self, messages: list[dict[str, Any]], tools: Tools, source: str, **options: Any) -> Any:
         import jinja2  # here and not above: only conversations need templates
 
@@ -164,6 +195,21 @@ class ChatEncoder:
                 f"{source}: the chat template of {tokenizer_name(self.tokenizer)} refuses the conversation "
                 f"({one_line(error)}; roles: {roles}); fix the record or the template"
             ) from error
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    """Whether an assistant's turn has words or calls: of an empty one only the end mark would be learned."""
+    return bool(message.get("content")) or bool(message.get("tool_calls"))
+
+
+def _renamed(call: Any) -> Any:
+    """A tool call to another function, in either of the forms that templates take."""
+    if not isinstance(call, dict):
+        return call
+    inner = call.get("function")
+    if isinstance(inner, dict):
+        return {**call, "function": {**inner, "name": f"{inner.get('name')}_"}}
+    return {**call, "name": f"{call.get('name')}_"}
 
 
 @lru_cache(maxsize=8)

@@ -36,7 +36,7 @@ MANIFEST_NAME = "manifest.json"
 # Raise it when an older reader would misread what is written.
 MANIFEST_VERSION = 2
 # Raise it when the same documents and options give other rows: it is part of every fingerprint.
-ROWS_SCHEMA_VERSION = 1
+ROWS_SCHEMA_VERSION = 2
 _COLUMNS = ("input_ids", "labels", "lengths")
 _SHARD_BYTES = 512 * 2**20  # of Arrow memory
 _ROWS_AT_ONCE = 256
@@ -201,6 +201,12 @@ def check_output(output: str | Path, overwrite: bool = False) -> None:
         DataError: a folder that is there already, unless it is a packed data set and may be replaced.
     """
     folder = Path(output).expanduser()
+    old = _replaced(folder)
+    if old.exists():  # a kill came while it was replaced
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
+            os.rename(old, folder)
     if not folder.exists():
         if folder.is_symlink():
             raise DataError(
@@ -214,6 +220,11 @@ def check_output(output: str | Path, overwrite: bool = False) -> None:
         raise DataError(
             f"{folder}: is there and is no packed data set, so it is not replaced; choose another output or remove it"
         )
+
+
+def _replaced(folder: Path) -> Path:
+    """Where a data set is between two names, while another takes its place."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 def read_manifest(path: str | Path) -> PackedManifest:
@@ -441,9 +452,13 @@ def move_into_place(aside: Path, folder: Path, overwrite: bool) -> None:
     """
     check_output(folder, overwrite)
     if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-        os.rename(folder, old / folder.name)
-        os.rename(aside, folder)
+        old = _replaced(folder)
+        os.rename(folder, old)
+        try:
+            os.rename(aside, folder)
+        except BaseException:
+            os.rename(old, folder)
+            raise
         shutil.rmtree(old)
         return
     try:

@@ -471,3 +471,36 @@ def test_what_is_noted_of_a_shard_may_be_damaged(source, tmp_path, tokenizer, co
         note.write_text(content)
     pack(source, out, tokenizer)
     assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_kill_while_a_data_set_is_replaced_loses_neither(source, tmp_path, tokenizer, monkeypatch, at):
+    out = tmp_path / "out"
+    pack(source, out, tokenizer)
+    first = contents(out)
+    calls = []
+
+    class KilledError(BaseException):
+        pass
+
+    def counted(old, new, real=os.rename):
+        calls.append((old, new))
+        if len(calls) >= at:  # a process that is killed puts nothing back
+            raise KilledError
+        return real(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("packflex.data.write.os.rename", counted)
+        if at < 3:
+            with pytest.raises(KilledError):
+                pack(source, out, tokenizer, seq_len=64, overwrite=True)
+        else:
+            pack(source, out, tokenizer, seq_len=64, overwrite=True)
+    if at < 3:
+        with pytest.raises(DataError, match="is there already"):
+            pack(source, out, tokenizer, seq_len=64)
+        assert contents(out) == first
+        pack(source, out, tokenizer, seq_len=64, overwrite=True)
+    pack(source, tmp_path / "fresh", tokenizer, seq_len=64)
+    assert contents(out) == contents(tmp_path / "fresh")
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} <= {"out", "fresh", "hf"}

@@ -189,3 +189,22 @@ def test_a_mark_in_a_comment_is_no_mark(plain):
 def test_a_header_is_not_supervised_where_the_template_has_no_generation_prompt(plain):
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|eos|>{% endfor %}"
     assert spoken(plain, encode(plain, template)[1]) == ["four<|eos|>", "six, I think<|eos|>"]
+
+
+def test_calls_that_the_template_does_not_write_are_refused(plain):
+    calls = [*TALK[:2], {"role": "assistant", "content": "let me see", "tool_calls": [CALL]}]
+    schema = [{"type": "function", "function": {"name": CALL["function"]["name"], "parameters": {}}}]
+    silent = CHATML.replace("{% for m", "{% if tools %}{{ tools[0].function.name }}{% endif %}{% for m", 1)
+    for template in (CHATML, MARKED, silent):
+        with pytest.raises(DataError, match=r"talk.jsonl:3: the assistant calls tools, .* does not write 'tool_calls'"):
+            encode(plain, template, calls, tools=schema)
+    encode(plain, TOOLS, calls, tools=schema)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_an_empty_turn_teaches_no_end(plain, template):
+    empty = [*TALK[:2], {"role": "assistant", "content": ""}, *TALK[3:]]
+    _, labels = encode(plain, template, empty)
+    assert spoken(plain, labels) == ["six, I think<|eos|>"]
+    _, labels = encode(plain, template, empty[:3])
+    assert set(labels) == {-100}

@@ -46,6 +46,7 @@ from packflex.data.write import (
     check_output,
     move_into_place,
     pack_fingerprint,
+    put_back,
     shard_writer,
 )
 from packflex.packing import plan_rows
@@ -124,6 +125,8 @@ def build_packed(
     engine = engine or LocalEngine()
     report = progress or (lambda step, done, total: None)
     with only_writer(work):
+        put_back(work / _PARKED, folder)
+        check_output(folder, overwrite)
         run = _Run(work, tokenizer, options, engine, report)
         try:
             run.read(documents)
@@ -134,7 +137,7 @@ def build_packed(
             manifest = run.manifest(plan, fingerprint, files, checksums, counts, sources, file_format)
             with written_whole(run.rows / MANIFEST_NAME) as path:
                 path.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-            move_into_place(run.rows, folder, overwrite)
+            move_into_place(run.rows, folder, overwrite, work / _PARKED)
         except BaseException:
             run.leave()
             raise
@@ -249,7 +252,7 @@ class _Run:
             done += counts["read"]
             self.report("tokenising", done, total)
         # an earlier run may have had more documents
-        for path in self.work.glob("tokens-*.arrow"):
+        for path in self.work.glob("tokens-[0-9]*.arrow"):
             if int(path.stem.split("-")[1]) >= len(self.chunk_sizes):
                 path.unlink()
 
@@ -411,10 +414,11 @@ class _Run:
 
     def leave(self) -> None:
         """Keep what a later run can use; nothing is worth keeping before the first chunk is done."""
-        if not any(self.work.glob("tokens-*.arrow")):
+        if not any(self.work.glob("tokens-*.arrow")) and not (self.work / _PARKED).exists():
             shutil.rmtree(self.work, ignore_errors=True)
 
 
+_PARKED = "replaced"  # the data set that another takes the place of, for a moment
 _SHARD_COUNTS = ("rows", "documents", "tokens", "supervised", "unsupervised")
 _PLAN_ARRAYS = ("document_indices", "piece_starts", "piece_lengths", "row_offsets")
 

@@ -87,7 +87,8 @@ class ChatEncoder:
     def _encode_marked(self, messages: list[dict[str, Any]], tools: Tools, source: str) -> tuple[list[int], list[int]]:
         out = self._apply(messages, tools, source, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = list(out["input_ids"]), list(out["assistant_masks"])
-        said = [_says_something(message) for message in messages if message["role"] == "assistant"]
+        said = [self._says_something(messages, i, tools, source) for i, m in enumerate(messages)
+                if m["role"] == "assistant"]  # fmt: skip
         runs = [i for i, (one, before) in enumerate(zip(mask, [0, *mask], strict=False)) if one and not before]
         if not all(said) and len(runs) == len(said):
             for start, something in zip(runs, said, strict=True):
@@ -123,7 +124,7 @@ class ChatEncoder:
                 )
             if not has_prompt:
                 before += self._header(messages[:turn], before, after, tools, source)
-            said = _says_something(messages[turn])
+            said = self._says_something(messages, turn, tools, source)
             pieces += [(whole[cursor : len(before)], False), (whole[len(before) : len(after)], said)]
             cursor = len(after)
         pieces.append((whole[cursor:], False))
@@ -155,6 +156,17 @@ class ChatEncoder:
         if last_mark is None or str(self.tokenizer.decode(tokens[last_mark + 1 :])).strip():
             return len(tokens)
         return last_mark + 1
+
+    def _says_something(self, messages: list[dict[str, Any]], turn: int, tools: Tools, source: str) -> bool:
+        """Whether an assistant's turn has words, thoughts or calls: of an empty one only the end would be learned."""
+        message = messages[turn]
+        if message.get("content") or message.get("tool_calls"):
+            return True
+        if not any(value for key, value in message.items() if key not in ("role", "content", "tool_calls")):
+            return False
+        empty = {"role": message["role"], "content": ""}
+        texts = [self._apply([*messages[:turn], each], tools, source, tokenize=False) for each in (message, empty)]
+        return bool(texts[0] != texts[1])
 
     def _require_written_calls(self, messages: list[dict[str, Any]], tools: Tools, source: str) -> None:
         """See, once, that the template writes what the assistant calls; many forget it without a word.
@@ -195,11 +207,6 @@ class ChatEncoder:
                 f"{source}: the chat template of {tokenizer_name(self.tokenizer)} refuses the conversation "
                 f"({one_line(error)}; roles: {roles}); fix the record or the template"
             ) from error
-
-
-def _says_something(message: dict[str, Any]) -> bool:
-    """Whether an assistant's turn has words or calls: of an empty one only the end mark would be learned."""
-    return bool(message.get("content")) or bool(message.get("tool_calls"))
 
 
 def _renamed(call: Any) -> Any:

@@ -30,8 +30,8 @@ _START = (0, 0, 0)
 class TokenizedStream:
     """Tokenised documents in the order of their files, the same each time: a source for `PackedStream`.
 
-    Each file is a shard; a stream over several ranks or workers is read fastest from as many files. Nothing is kept:
-    each pass reads and tokenises again.
+    Ids of records are not looked at: leave records that come twice out before. Each file is a shard; a stream over
+    several ranks or workers is read fastest from as many files. Nothing is kept: each pass reads and tokenises again.
 
     Args:
         kind: "jsonl", "parquet" or "arrow".

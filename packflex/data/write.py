@@ -188,7 +188,8 @@ def write_packed(
         # Last: a folder without it is half-written.
         (aside / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
         os.chmod(aside, 0o755)  # mkdtemp keeps others out
-        move_into_place(aside, folder, overwrite)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.old-", dir=folder.parent) as old:
+            move_into_place(aside, folder, overwrite, Path(old) / folder.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifest
@@ -201,12 +202,6 @@ def check_output(output: str | Path, overwrite: bool = False) -> None:
         DataError: a folder that is there already, unless it is a packed data set and may be replaced.
     """
     folder = Path(output).expanduser()
-    old = _replaced(folder)
-    if old.exists():  # a kill came while it was replaced
-        if folder.exists():
-            shutil.rmtree(old)
-        else:
-            os.rename(old, folder)
     if not folder.exists():
         if folder.is_symlink():
             raise DataError(
@@ -220,11 +215,6 @@ def check_output(output: str | Path, overwrite: bool = False) -> None:
         raise DataError(
             f"{folder}: is there and is no packed data set, so it is not replaced; choose another output or remove it"
         )
-
-
-def _replaced(folder: Path) -> Path:
-    """Where a data set is between two names, while another takes its place."""
-    return folder.with_name(f".{folder.name}.old")
 
 
 def read_manifest(path: str | Path) -> PackedManifest:
@@ -444,22 +434,27 @@ def pack_fingerprint(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def move_into_place(aside: Path, folder: Path, overwrite: bool) -> None:
+def move_into_place(aside: Path, folder: Path, overwrite: bool, parked: Path) -> None:
     """Give a finished folder its name, with `overwrite` in place of a packed data set that is there.
+
+    Args:
+        aside: the finished folder.
+        folder: its name.
+        overwrite: whether a packed data set of that name is replaced.
+        parked: where that one is meanwhile, a path that nobody else uses; after a kill `put_back` finds it there.
 
     Raises:
         DataError: a folder that came there meanwhile, and is not to be replaced; it and `aside` are left as they are.
     """
     check_output(folder, overwrite)
     if folder.exists():
-        old = _replaced(folder)
-        os.rename(folder, old)
+        os.rename(folder, parked)
         try:
             os.rename(aside, folder)
         except BaseException:
-            os.rename(old, folder)
+            os.rename(parked, folder)
             raise
-        shutil.rmtree(old)
+        shutil.rmtree(parked)
         return
     try:
         os.rename(aside, folder)
@@ -468,6 +463,16 @@ def move_into_place(aside: Path, folder: Path, overwrite: bool) -> None:
             raise
         check_output(folder, overwrite)  # somebody made it between the two lines above
         raise
+
+
+def put_back(parked: Path, folder: Path) -> None:
+    """Undo what a kill left half-done in `move_into_place`."""
+    if not parked.exists():
+        return
+    if folder.exists():
+        shutil.rmtree(parked)
+    else:
+        os.rename(parked, folder)
 
 
 def shard_writer(path: Path, file_format: FileFormat) -> Any:

@@ -372,7 +372,8 @@ def test_a_full_disk_under_a_picture(source, tmp_path, tokenizer):
 def test_memory_grows_by_the_plan_alone(tmp_path, tokenizer):
     """Some 85 bytes a document, whatever is read, tokenised and written; the tokens here are made up, to be quick."""
     code = (
-        "import resource, sys\n"
+        "import sys\n"
+        "from pathlib import Path\n"
         "from packflex.data import build\n"
         "from packflex.data.tokenizer import load_tokenizer\n"
         "build._BLOCK_TOKENS = 50_000  # full from the first run on\n"
@@ -383,7 +384,9 @@ def test_memory_grows_by_the_plan_alone(tmp_path, tokenizer):
         "build.DocumentEncoder.__call__ = encode\n"
         "documents = ({'text': str(i), 'source': f'x.jsonl:{i}'} for i in range(int(sys.argv[2])))\n"
         "build.build_packed(documents, sys.argv[3], load_tokenizer(sys.argv[1]), seq_len=64)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        # not getrusage: a child's maximum begins at its parent's
+        "status = Path('/proc/self/status').read_text()\n"
+        "print(status.split('VmHWM:')[1].split()[0])\n"
     )
 
     def peak(count):
@@ -504,3 +507,16 @@ def test_a_kill_while_a_data_set_is_replaced_loses_neither(source, tmp_path, tok
     pack(source, tmp_path / "fresh", tokenizer, seq_len=64)
     assert contents(out) == contents(tmp_path / "fresh")
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} <= {"out", "fresh", "hf"}
+
+
+def test_folders_of_like_names_are_nobody_else_s_business(source, tmp_path, tokenizer):
+    out = tmp_path / "out"
+    for name in (".out.old", ".out.old-x", "out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    pack(source, out, tokenizer)
+    with pytest.raises(DataError, match="is there already"):
+        pack(source, out, tokenizer)
+    pack(source, out, tokenizer, overwrite=True)
+    for name in (".out.old", ".out.old-x", "out.old"):
+        assert contents(tmp_path / name) == {"thesis.txt": b"years of work"}

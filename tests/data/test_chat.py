@@ -208,3 +208,12 @@ def test_an_empty_turn_teaches_no_end(plain, template):
     assert spoken(plain, labels) == ["six, I think<|eos|>"]
     _, labels = encode(plain, template, empty[:3])
     assert set(labels) == {-100}
+
+
+def test_thoughts_without_words_are_learned(plain):
+    thinking = CHATML.replace("{{ m.content }}", "{{ m.reasoning_content | default('') }}{{ m.content }}")
+    talk = [*TALK[:2], {"role": "assistant", "content": "", "reasoning_content": "two and two", "name": "x"}, *TALK[3:]]
+    _, labels = encode(plain, thinking, talk)
+    assert spoken(plain, labels) == ["two and two<|eos|>", "six, I think<|eos|>"]
+    _, labels = encode(plain, CHATML, talk)
+    assert spoken(plain, labels) == ["six, I think<|eos|>"], "this template writes no thoughts"

@@ -70,7 +70,7 @@ def pack_dataset(
         [[7], [4, 3]]
     """
     tokens = _TokenColumn(dataset, "input_ids")
-    _refuse_padding(dataset)
+    _refuse_padding(dataset, tokens.lengths)
     supervision = _supervision_column(dataset)
     marks = None if supervision is None else _TokenColumn(dataset, supervision)
     if marks is not None:
@@ -294,13 +294,22 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _refuse_padding(dataset: Dataset) -> None:
+def _refuse_padding(dataset: Dataset, lengths: np.ndarray) -> None:
     """Padding is no text: it would be trained on, and packed as if it were."""
     if "attention_mask" not in dataset.column_names:
         return
     document = 0
     for batch in dataset.select_columns(["attention_mask"]).with_format("arrow").iter(10_000):
         for chunk in batch["attention_mask"].chunks:
+            found = pc.fill_null(chunk.value_lengths(), -1).to_numpy(zero_copy_only=False)
+            wrong = np.flatnonzero(found != lengths[document : document + len(chunk)])
+            if len(wrong) or chunk.flatten().null_count:
+                at = document + (int(wrong[0]) if len(wrong) else 0)
+                raise ValueError(
+                    f"{name_of(dataset, at)}: 'attention_mask' must hold a number for each of the "
+                    f"{lengths[at]} tokens{'' if len(wrong) else ', and some documents hold nulls in it'}; tokenise "
+                    "again, or remove the column where nothing is padded"
+                )
             values = chunk.flatten().to_numpy(zero_copy_only=False)
             if len(values) and not values.all():
                 ends = np.cumsum(pc.fill_null(chunk.value_lengths(), 0).to_numpy(zero_copy_only=False))

@@ -313,3 +313,12 @@ def test_documents_that_are_all_dropped():
 def test_what_is_no_dataset(data, remedy):
     with pytest.raises(TypeError, match=remedy):
         pack_dataset(data, seq_len=8)
+
+
+@pytest.mark.parametrize("mask", [[[1, 1], None], [[1, 1], [1, 1]], [[1, 1], [1, 1, 1, 1]], [[1, 1], [1, None, 1]]])
+def test_an_attention_mask_that_does_not_tell(mask):
+    documents = Dataset.from_dict({"input_ids": [[1, 2], [3, 4, 5]], "attention_mask": mask})
+    with pytest.raises(ValueError, match=r"document \d: 'attention_mask' must hold a number for each of the \d tokens"):
+        pack_dataset(documents, seq_len=8)
+    whole = Dataset.from_dict({"input_ids": [[1, 2], [3, 4, 5]], "attention_mask": [[1, 1], [1, 1, 1]]})
+    assert len(pack_dataset(whole, seq_len=8)) == 1

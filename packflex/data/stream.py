@@ -522,7 +522,7 @@ class _Feed(IterableDataset[Any]):
             try:
                 rows = lane.next_rows()
             except DataError as error:
-                if torch.utils.data.get_worker_info() is None and not self.snapshots:
+                if not self.snapshots:
                     raise
                 yield lane.number, error, None, lane.report  # a worker's exceptions come with its traceback as text
                 return

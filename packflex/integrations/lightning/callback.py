@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from packflex.data.loader import PackedLoader
 from packflex.data.stream import PackedStream
 from packflex.integrations.lightning.datamodule import PackedDataModule
+from packflex.integrations.lightning.ranks import gathered
 from packflex.integrations.lightning.resume import LengthReader, loader_states, reopen_epoch
 from packflex.integrations.lightning.shapes import attention_shape
 from packflex.integrations.transformers import enable_packflex, transformers_models
@@ -227,11 +228,10 @@ def _with_tokens(batch: Any, ranks: int) -> Any:
         return batch
     ids, packed = batch["input_ids"], batch["packed"]
     own = ids[packed.document_ids.to(ids.device) >= 0].unique()[:_SHARED_TOKENS].tolist()
-    gathered: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(gathered, own)
+    everyone = gathered(own, ranks)
     if len(own) > 1:
         return batch
-    tokens = torch.tensor(sorted(set().union(*gathered)), device=ids.device)[None]
+    tokens = torch.tensor(sorted(set().union(*everyone)), device=ids.device)[None]
     layout = PackedLayout.from_lengths([[max(1, tokens.shape[1])]]).to(ids.device)
     made = {"input_ids": tokens, "labels": tokens, "position_ids": layout.position_ids}
     return {name: made[name] for name in made if batch.get(name) is not None} | {"packed": layout}

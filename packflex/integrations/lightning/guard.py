@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from packflex.integrations.lightning.ranks import gathered
 from packflex.integrations.transformers import transformers_models
 from packflex.layout import PackedLayout
 from packflex.parallel.layout import ShardedLayout
@@ -81,12 +82,12 @@ class NonFiniteLossGuard(L.Callback):
         batch, loss, bad, step = item
         if not float(bad):
             return
-        weights_fine = all(_gathered(trainer, all(_is_finite(p) for p in pl_module.parameters())))
+        weights_fine = all(gathered(all(_is_finite(p) for p in pl_module.parameters()), trainer.world_size))
         # on every rank, for a sharded model's forward passes wait for one another
         culprits = _culprits(trainer, pl_module, batch) if weights_fine else []
         value = float(loss)
         own = None if value - value == 0 else self._message(trainer, batch, value, step, weights_fine, culprits)
-        raise NonFiniteLossError(" ".join(filter(None, _gathered(trainer, own))))
+        raise NonFiniteLossError(" ".join(filter(None, gathered(own, trainer.world_size))))
 
     def _message(
         self, trainer: L.Trainer, batch: Any, value: float, step: int, weights_fine: bool, culprits: list[_Place]
@@ -127,15 +128,6 @@ class _Place(NamedTuple):
 
 
 _Waiting = tuple[Any, Tensor, Tensor, int]  # batch, loss, whether any rank's is not finite, steps
-
-
-def _gathered(trainer: L.Trainer, value: Any) -> list[Any]:
-    """Every rank's value."""
-    if trainer.world_size == 1 or not torch.distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def _is_finite(parameter: Tensor) -> bool:

@@ -37,7 +37,7 @@ DEVICE = {
 }  # fmt: skip
 _FROM_DEVICE = sorted({
     *DEVICE, "round_even", "power", "natural_log", "fast_log2", "read_elements", "read_index", "index_divided_by",
-    "scatter", "scatter_tile",
+    "in_range_or", "scatter", "scatter_tile",
 })  # fmt: skip
 
 

@@ -21,12 +21,15 @@ class TileMask:
     """A mask's program for a kernel that walks blocks of one index.
 
     `least` and `end` bound the walked index that a row (or column) of the tile can see, within the sequence; None for
-    masks that say no such thing, which then do not hide what lies past the sequence either.
+    masks that say no such thing, which then do not hide what lies past the sequence either. The program is then the
+    conjunction of `window`, the comparison with those bounds, and `rest`, if there is more.
     """
 
     program: Program
-    least: Node | None
-    end: Node | None
+    least: Node | None = None
+    end: Node | None = None
+    window: Node | None = None
+    rest: Node | None = None
 
 
 def for_tiles(program: Program, walked: str) -> TileMask:
@@ -35,17 +38,18 @@ def for_tiles(program: Program, walked: str) -> TileMask:
     All comparisons that bound the walked index become one, with numbers that belong to the tile. `(q - kv) % d == n`
     becomes a comparison of `offset % d` with a number of the row and block; where the remainder is not compared, it is
     made of those of both. The walked index is the sum of "block", the block's first, and "offset", the number in it.
-    These, "end", and "place", the walked index that may lie past the end, are inputs of the program.
+    These and "end" are inputs of the program.
     """
     tiles = _ForTiles(walked)
     out = tiles.conjunction(list(_conjuncts(program.out)), at_top=True)
-    return TileMask(dataclasses.replace(program, out=out), *tiles.bounds)
+    return TileMask(dataclasses.replace(program, out=out), *tiles.bounds, *tiles.parts)
 
 
 class _ForTiles:
     def __init__(self, walked: str) -> None:
         self.walked = walked
         self.bounds: tuple[Node | None, Node | None] = (None, None)
+        self.parts: tuple[Node | None, Node | None] = (None, None)
         self.builder = Builder()
         self._new: dict[int, Node] = {}
         self._halves: dict[int, tuple[Node, Node, Node]] = {}
@@ -75,13 +79,17 @@ class _ForTiles:
                 high.append(self._make("input", value="end"))
             lowest = self._joined("max", [self._number(0), *low])
             end = self._joined("min", high or [self._number(_FAR)])
-            args = (self._make("input", value="place"), lowest, self._make("max", end, lowest))
-            if at_top:
-                self.bounds = args[1:]
+            end = self._make("max", end, lowest)
+            block, offset = (self._make("input", value=name) for name in ("block", "offset"))
+            args = (offset, self._make("sub", lowest, block), self._make("sub", end, block))
             whole.append(self.builder.make("in_range", args, torch.bool, where=bounds[0][0].where))
             merged = {id(part) for part, _ in bounds}
             rest = [part for part in parts if id(part) not in merged]
-        return self._joined("and", [*whole, *map(self.of, rest)])
+        left = [*map(self.of, rest)]
+        if at_top and whole:
+            self.bounds = (lowest, end)
+            self.parts = (whole[0], self._joined("and", left) if left else None)
+        return self._joined("and", [*whole, *left])
 
     def _joined(self, op: str, nodes: list[Node]) -> Node:
         joined = nodes[0]

@@ -183,31 +183,46 @@ def _column_body(
         f"o_head = {head}",
         f"o_q = block_query + {position}",
         f"m_q = o_q < {end}",
-        f"b_lse = tl.load(p_lse + o_head * q_len + o_q{stat})",
+    ]
+    if masked and kernel.bounds is not None:
+        # the mask hides what lies past the last query: that query is loaded in its place, cheaper than masks of loads
+        body += [f"o_r = tl.minimum({position}, q_len - 1 - block_query)", "o_s = block_query + o_r"]
+        position, place, stat, delta, tail = "o_r", "o_s", "", "", False
+    else:
+        place, tail = "o_q", bounded
+    body += [
+        f"b_lse = tl.load(p_lse + o_head * q_len + {place}{stat})",
         f"b_q = load_tile(p_q + block_query.to(tl.int64) * stride_qs + (o_head * stride_qh + ({position}) * "
-        f"stride_qs)[:, None] + o_d[None, :], m_q, o_d < HEAD_DIM, {bounded}, HEAD_DIM != BLOCK_D)",
+        f"stride_qs)[:, None] + o_d[None, :], m_q, o_d < HEAD_DIM, {tail}, HEAD_DIM != BLOCK_D)",
         f"score = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * {kernel.scale()}  # [BLOCK_N, rows]",
         "q = tl.minimum(o_q, q_len - 1)[None, :]" if bounded and kernel.reads_at("q") else "q = o_q[None, :]",
         "h = (i_head + o_head - i_group * HEADS)[None, :]" if request.packed else "",
     ]
     body = [line for line in body if line]
     if masked and kernel.mask is not None:
-        body += written(kernel.mask.statements([kernel.mask.program.out]))
-        within = (
-            [] if kernel.score is None else ["m_k[:, None]", *([] if kernel.bounds is not None else ["m_q[None, :]"])]
-        )
-        body.append(f"m_s = {' & '.join([*within, f'({kernel.mask.text(kernel.mask.program.out)})'])}")
+        body += kernel.mask_statements()
+        if not kernel.hides_alone:
+            within = (
+                []
+                if kernel.score is None
+                else ["m_k[:, None]", *([] if kernel.bounds is not None else ["m_q[None, :]"])]
+            )
+            body.append(f"m_s = {' & '.join([*within, f'({kernel.mask.text(kernel.mask.program.out)})'])}")
     elif masked:
         body.append("m_s = (o_q[None, :] >= b_lo[:, None]) & (o_q[None, :] < b_hi[:, None])")
     elif request.ragged:
         body.append("m_s = m_k[:, None] & m_q[None, :]")
     body += kernel.modified(roots, masked)
-    body += kernel.weights(bounded)
+    body += kernel.weights()
+    if masked:
+        body += kernel.hidden("b_p", "0.0")
+    elif request.ragged:
+        body.append("b_p = tl.where(m_s, b_p, 0.0)")
     body += [
         f"b_do = load_tile(p_do + block_query.to(tl.int64) * stride_gs + (o_head * stride_gh + ({position}) * "
-        f"stride_gs)[:, None] + o_dv[None, :], m_q, o_dv < V_DIM, {bounded}, V_DIM != BLOCK_DV)",
+        f"stride_gs)[:, None] + o_dv[None, :], m_q, o_dv < V_DIM, {tail}, V_DIM != BLOCK_DV)",
         "b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)",
-        f"b_delta = tl.load(p_delta + o_head * q_len + o_q{delta})",
+        f"b_delta = tl.load(p_delta + o_head * q_len + {place}{delta})",
         "b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BLOCK_N, rows]",
         "b_ds = b_p * (b_dp - b_delta[None, :])",
     ]

@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from packflex.mods.nodes import CapturedGradient, Node, Program, ordered
 from packflex.mods.printer import Printer, Statement, device_imports
-from packflex.mods.rewrite import for_tiles, in_log2
+from packflex.mods.rewrite import TileMask, for_tiles, in_log2
 
 HEADER = '''"""Printed by packflex: {what}."""
 
@@ -46,6 +48,7 @@ class Request:
         packed: whether a tile holds several query heads.
         gradients: whether captured tensors get theirs.
         softcap: whether the modified score is capped.
+        rising: whether the scale is above 0, so that the largest product is the largest score.
     """
 
     score: Program | None
@@ -54,6 +57,7 @@ class Request:
     packed: bool = False
     gradients: bool = False
     softcap: bool = False
+    rising: bool = True
 
     @property
     def lists(self) -> bool:
@@ -83,21 +87,17 @@ class KernelText:
         self.mask = None
         self.bounds: tuple[Node, Node] | None = None  # of what each row (column) sees; see `TileMask`
         self.skips = False  # whether parts of blocks that lie outside them are skipped
+        self.tiled: TileMask | None = None
         if request.mask is not None:
-            tiled = for_tiles(request.mask, walked)
+            self.tiled = tiled = for_tiles(request.mask, walked)
             self.mask = Printer(tiled.program, "m")
             if tiled.least is not None and tiled.end is not None:
                 self.bounds, self.skips = (tiled.least, tiled.end), True
             rows = "o_e // HEADS" if request.packed else "o_e"
             if walked == "kv":
-                names = {"block": "block_key", "offset": "o_n[None, :]", "place": "o_k[None, :]", "end": "kv_len"}
+                names = {"block": "block_key", "offset": "o_n[None, :]", "end": "kv_len"}
             else:
-                names = {
-                    "block": "block_query",
-                    "offset": f"({rows})[None, :]",
-                    "place": "o_q[None, :]",
-                    "end": "q_len",
-                }
+                names = {"block": "block_query", "offset": f"({rows})[None, :]", "end": "q_len"}
             self.mask.inputs = names
 
     def parameters(self) -> list[str]:
@@ -109,6 +109,42 @@ class KernelText:
         printers = [printer for printer in (self.mask, self.score) if printer is not None]
         nodes = (node for printer in printers for node in ordered(printer.program.roots()))
         return any(node.op == "read" and index in node.deps for node in nodes)
+
+    @property
+    def hides_alone(self) -> bool:
+        """Whether the mask is needed for nothing but to hide elements, and bounds what each row (column) sees."""
+        return self.score is None and self.bounds is not None
+
+    def hidden(self, name: str, value: str) -> list[str]:
+        """Lines that put `value`, 0.0 or -inf, where an element of the tile `name` is not seen."""
+        if not self.hides_alone:
+            return [f"{name} = tl.where(m_s, {name}, {value})"]
+        assert self.mask is not None
+        assert self.tiled is not None
+        assert self.tiled.window is not None
+        rest = self.tiled.rest
+        window = ", ".join(map(self.mask.text, self.tiled.window.args))
+        if rest is None:
+            return [f"{name} = in_range_or({name}, {window}, {value})"]
+        if self._is_equality(rest):
+            equal = ", ".join(map(self.mask.text, rest.args))
+            return [f"{name} = in_range_or({name}, {window}, {value}, {equal})"]
+        hide = f"{name} = tl.where({self.mask.text(rest)}, {name}, {value})"
+        return [hide, f"{name} = in_range_or({name}, {window}, {value})"]
+
+    def _is_equality(self, node: Node) -> bool:
+        return node.op == "eq" and all(arg.dtype == torch.int32 for arg in node.args)
+
+    def mask_statements(self) -> list[str]:
+        """What `hidden`, or else m_s, needs of the mask in a partly visible block."""
+        assert self.mask is not None
+        if not self.hides_alone:
+            return written(self.mask.statements([self.mask.program.out]))
+        assert self.tiled is not None
+        assert self.tiled.window is not None
+        rest = self.tiled.rest
+        parts = [] if rest is None else rest.args if self._is_equality(rest) else (rest,)
+        return written(self.mask.statements([*parts, *self.tiled.window.args]))
 
     def power(self, score: str, less: str) -> str:
         """exp(score) over 2 to the power of `less`, which is in units of log(2); nothing where it is empty."""
@@ -181,10 +217,10 @@ class KernelText:
         """The factor on a product, in the units of the scores."""
         return "(scale * LOG2_E)" if self.log2 else "scale"
 
-    def weights(self, masked: bool) -> list[str]:
+    def weights(self) -> list[str]:
         """b_p from b_s."""
         lines = ["if SOFTCAP:", "    b_s = capped(b_s, softcap)", f"b_p = {self.power('b_s', self.less)}"]
-        return [*lines, "b_p = tl.where(m_s, b_p, 0.0)"] if masked else lines
+        return lines
 
     def derivative(self, roots: list[Node], masked: bool, bounded: bool) -> list[str]:
         """From b_ds, the gradient of the capped score, to that of the score that came from the product."""

@@ -274,6 +274,7 @@ class _Launch:
             heads > 1,
             self.gradients,
             call.softcap > 0,
+            call.scale > 0,
         )
         kernel_name = f"mod_{self.name}"
         kernel = getattr(kernel_module(kernel_name, request), kernel_name)

@@ -13,7 +13,6 @@ from packflex.attention.mods.kernel_text import (
     indent,
     walk_numbers,
     walk_parameters,
-    written,
 )
 from packflex.mods.nodes import Node
 
@@ -80,29 +79,42 @@ def _row_loop(kernel: KernelText, masked: bool, body: list[str]) -> str:
     return indent(begin, 4) + "\n" + indent(body, 8)
 
 
-def _row_scores(kernel: KernelText, masked: bool, roots: list[Node]) -> list[str]:
-    """From b_q and b_k to b_s, the modified score; m_s where masked."""
+def _keys(kernel: KernelText, masked: bool) -> tuple[str, bool]:
+    """Rows of K and V that a block loads, and whether those past the end are masked.
+
+    Where the mask hides what lies past the last key, that key is loaded in its place: cheaper than masks of loads.
+    """
+    if masked and kernel.bounds is not None:
+        return "o_r", False
+    return "o_n", masked or kernel.request.ragged
+
+
+def _row_scores(kernel: KernelText, masked: bool, roots: list[Node], raw: bool = False) -> list[str]:
+    """From b_q and b_k to b_s, the modified score, or the product alone if `raw`; m_s where masked."""
     request = kernel.request
-    tail = masked or request.ragged
+    rows, tail = _keys(kernel, masked)
     end = "kv_len" if request.lists else "end_key"
     lines = [
         "o_k = block_key + o_n",
-        f"m_k = o_k < {end}",
+        "o_r = tl.minimum(o_n, kv_len - 1 - block_key)" if rows == "o_r" else f"m_k = o_k < {end}",
         "p_kn = p_k + block_key.to(tl.int64) * stride_ks",
         "p_vn = p_v + block_key.to(tl.int64) * stride_vs",
-        f"b_k = load_tile(p_kn + o_n[:, None] * stride_ks + o_d[None, :], m_k, o_d < HEAD_DIM, {tail}, "
-        "HEAD_DIM != BLOCK_D)",
-        f"score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * {kernel.scale()}",
-        "kv = tl.minimum(o_k, kv_len - 1)[None, :]" if tail and kernel.reads_at("kv") else "kv = o_k[None, :]",
+        f"b_k = load_tile(p_kn + {rows}[:, None] * stride_ks + o_d[None, :], {'o_r >= 0' if rows == 'o_r' else 'm_k'}, "
+        f"o_d < HEAD_DIM, {tail}, HEAD_DIM != BLOCK_D)",
+        f"score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION){'' if raw else f' * {kernel.scale()}'}",
+        "kv = tl.minimum(o_k, kv_len - 1)[None, :]"
+        if (masked or request.ragged) and kernel.reads_at("kv")
+        else "kv = o_k[None, :]",
     ]
     if masked and kernel.mask is not None:
-        lines += written(kernel.mask.statements([kernel.mask.program.out]))
-        # without a mod rows past the last hold zeros, and what comes of them is not stored
-        within = [
-            *(["m_row[:, None]"] if kernel.score is not None else []),
-            *([] if kernel.bounds is not None else ["m_k[None, :]"]),
-        ]
-        lines.append(f"m_s = {' & '.join([*within, f'({kernel.mask.text(kernel.mask.program.out)})'])}")
+        lines += kernel.mask_statements()
+        if not kernel.hides_alone:
+            # without a mod rows past the last hold zeros, and what comes of them is not stored
+            within = [
+                *(["m_row[:, None]"] if kernel.score is not None else []),
+                *([] if kernel.bounds is not None else ["m_k[None, :]"]),
+            ]
+            lines.append(f"m_s = {' & '.join([*within, f'({kernel.mask.text(kernel.mask.program.out)})'])}")
     elif masked:
         lines.append("m_s = (o_k[None, :] >= b_lo[:, None]) & (o_k[None, :] < b_hi[:, None])")
     lines += kernel.modified(roots, masked)
@@ -128,30 +140,33 @@ def forward_text(request: Request) -> str:
     b_l = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 """
+    # the products themselves are compared, and scaled where they are exponents: one operation less an element
+    raw = request.score is None and not request.softcap and request.rising
     restore = kernel.snapshot()
     for masked in (True, False):
         restore()
         tail = masked or request.ragged
-        body = _row_scores(kernel, masked, roots)
+        body = _row_scores(kernel, masked, roots, raw)
         body += ["if SOFTCAP:", "    b_s = capped(b_s, softcap)"]
         if masked:
-            body.append('b_s = tl.where(m_s, b_s, float("-inf"))')
+            body += kernel.hidden("b_s", 'float("-inf")')
         elif request.ragged:
             body.append('b_s = tl.where(m_k[None, :], b_s, float("-inf"))')
-        body.append("b_m_new = tl.maximum(b_m, tl.max(b_s, 1))")
+        body.append(f"b_m_new = tl.maximum(b_m, tl.max(b_s, 1){f' * {kernel.scale()}' if raw else ''})")
         if masked or tail or (request.score is not None):  # a score of -inf everywhere: shift by 0 instead of NaN
             body.append('b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)')
         else:
             body.append("b_shift = b_m_new")
         if not kernel.log2:
             body.append("b_shift = b_shift * LOG2_E")
+        rows, bounded = _keys(kernel, masked)
         body += [
-            f"b_p = {kernel.power('b_s', 'b_shift[:, None]')}",
+            f"b_p = {kernel.power(f'b_s * {kernel.scale()}' if raw else 'b_s', 'b_shift[:, None]')}",
             f"b_alpha = {kernel.power('b_m', 'b_shift')}",
             "b_l = b_l * b_alpha + tl.sum(b_p, 1)",
             "b_acc = b_acc * b_alpha[:, None]",
-            f"b_v = load_tile(p_vn + o_n[:, None] * stride_vs + o_dv[None, :], m_k, o_dv < V_DIM, {tail}, "
-            "V_DIM != BLOCK_DV)",
+            f"b_v = load_tile(p_vn + {rows}[:, None] * stride_vs + o_dv[None, :], "
+            f"{'o_r >= 0' if rows == 'o_r' else 'm_k'}, o_dv < V_DIM, {bounded}, V_DIM != BLOCK_DV)",
         ]
         body += ["b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)", "b_m = b_m_new"]
         text += _row_loop(kernel, masked, body) + "\n"
@@ -223,14 +238,16 @@ def dq_text(request: Request) -> str:
     restore = kernel.snapshot()
     for masked in (True, False):
         restore()
-        tail = masked or request.ragged
+        rows, tail = _keys(kernel, masked)
         body = _row_scores(kernel, masked, roots)
-        if request.ragged and not masked:
-            body.append("m_s = m_row[:, None] & m_k[None, :]")
-        body += kernel.weights(masked or request.ragged)
+        body += kernel.weights()
+        if masked:
+            body += kernel.hidden("b_p", "0.0")
+        elif request.ragged:
+            body += ["m_s = m_row[:, None] & m_k[None, :]", "b_p = tl.where(m_s, b_p, 0.0)"]
         body.append(
-            f"b_v = load_tile(p_vn + o_n[:, None] * stride_vs + o_dv[None, :], m_k, o_dv < V_DIM, {tail}, "
-            "V_DIM != BLOCK_DV)"
+            f"b_v = load_tile(p_vn + {rows}[:, None] * stride_vs + o_dv[None, :], "
+            f"{'o_r >= 0' if rows == 'o_r' else 'm_k'}, o_dv < V_DIM, {tail}, V_DIM != BLOCK_DV)"
         )
         body.append("b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]")
         body.append("b_ds = b_p * (b_dp - b_delta[:, None])")

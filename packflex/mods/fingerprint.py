@@ -1,17 +1,17 @@
 """What a mod depends on, without running it: its code and the values that it can reach, so that a trace is made once.
 
 Two mods with the same key trace to the same program, with the tensors of one in the places of the other's. Reached are
-closures, defaults, partials, methods, globals, and attributes whose names occur in the code. What cannot be compared
-raises `UnknownValueError`, and the mod is then traced at each call.
+closures, defaults, partials, methods, globals, classes, and attributes whose names occur in any code that is reached.
+What cannot be compared, or may be found by other ways than its name, raises `UnknownValueError`, and the mod is then
+traced at each call.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
-import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,14 @@ from torch import Tensor
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, np.generic, slice)
 _EXACT = {type(None), bool, int, str, bytes}  # equal values of one such type are one value
-_BY_IDENTITY = (type, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+_BY_IDENTITY = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 _LIBRARIES = {"torch", "math", "numpy", "operator", "functools", "builtins", "typing", "itertools"}
+# Ways to a value that its name does not tell
+_BY_OTHER_WAYS = {"getattr", "vars", "eval", "exec", "globals", "locals", "dir", "__dict__", "__getattribute__",
+                  "attrgetter", "methodcaller", "getattr_static", "getmembers"}  # fmt: skip
+_NOT_RUN = {"__init__", "__new__", "__init_subclass__", "__repr__", "__str__", "__del__", "__post_init__", "__reduce__",
+            "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__", "__setattr__", "__delattr__",
+            "__class_getitem__", "__replace__"}  # fmt: skip
 _MOST = 4000
 
 
@@ -35,102 +41,146 @@ class Fingerprint:
     Attributes:
         key: hashable; equal for mods that trace alike.
         tensors: what they reach; their places are part of the key, their values are not.
+        kept: the objects whose identity is in the key; while they live, no other object takes it.
     """
 
     def __init__(self, mod: Any) -> None:
-        self.tensors: list[Tensor] = []
-        self.kept: list[Any] = []  # so that no identity in the key is taken by another object
-        self._seen: dict[int, int] = {}
-        self._count = 0
-        self.key = self._walk(mod, frozenset())
+        # An attribute may be read by code that is found only later, so a walk is repeated until it finds no new name.
+        start = getattr(mod, "__code__", type(mod))
+        known = _known_names.get(start, frozenset())
+        while True:
+            self.tensors: list[Tensor] = []
+            self.kept: list[Any] = []
+            self._seen: dict[int, int] = {}
+            self._alive: list[Any] = []  # values made by the walk itself, whose identity must last as long as it
+            self._names = known
+            self._found: set[str] = set()
+            self._count = 0
+            self.key = self._walk(mod)
+            if self._found <= known:
+                break
+            known = known | self._found
+        if start not in _known_names and len(_known_names) > _MOST:
+            _known_names.clear()
+        _known_names[start] = known
 
-    def _walk(self, value: Any, names: frozenset[str]) -> Any:
+    def _walk(self, value: Any) -> Any:
         self._count += 1
         if self._count > _MOST:
             raise UnknownValueError("too many values")
-        if type(value) in _EXACT:
-            return (type(value), value)
+        kind = type(value)
+        if kind in _EXACT:
+            return (kind, value)
         if isinstance(value, _PLAIN):
-            return (type(value), repr(value) if isinstance(value, float | complex | np.generic) else str(value))
+            return (kind, repr(value) if isinstance(value, float | complex | np.generic) else str(value))
         if id(value) in self._seen:
             return ("again", self._seen[id(value)])
         self._seen[id(value)] = len(self._seen)
-        self.kept.append(value)
+        self._alive.append(value)
         if isinstance(value, Tensor):
             self.tensors.append(value)
             return (
                 "tensor", value.dtype, tuple(value.shape), value.stride(), value.device, value.requires_grad,
-                type(value), getattr(value, "packflex_documents", None) is not None,
+                kind, getattr(value, "packflex_documents", None) is not None, *self._named(value.__dict__),
             )  # fmt: skip
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, types.MethodType):
-            inner = _names(value.__func__.__code__) if hasattr(value.__func__, "__code__") else names
-            return ("method", self._walk(value.__func__, inner), self._walk(value.__self__, inner))
+            return ("method", self._walk(value.__func__), self._walk(value.__self__))
+        if isinstance(value, staticmethod | classmethod):
+            return (kind, self._walk(value.__func__))
+        if isinstance(value, property):
+            return (kind, self._walk(value.fget))
+        if isinstance(value, functools.cached_property):
+            return (kind, self._walk(value.func))
         if isinstance(value, functools.partial):
-            return ("partial", *self._all((value.func, value.args, value.keywords), names))
-        if isinstance(value, tuple | list):
-            return (type(value), *self._all(value, names))
-        if isinstance(value, dict):
-            return ("dict", *self._all([x for pair in value.items() for x in pair], names))
+            return ("partial", *self._all((value.func, value.args, value.keywords)), *self._named(value.__dict__))
+        if isinstance(value, tuple | list | dict):
+            inner = [x for pair in value.items() for x in pair] if isinstance(value, dict) else value
+            own = () if kind in (tuple, list, dict) else (self._object(value),)
+            return (kind.__name__, len(value), *self._all(inner), *own)
         if isinstance(value, types.ModuleType):
-            return self._module(value, names)
-        if isinstance(value, _BY_IDENTITY) or type(value).__module__.split(".")[0] in ("builtins", "torch._ops"):
-            if isinstance(value, _BY_IDENTITY) or callable(value):
-                return ("id", id(value))
-            raise UnknownValueError(type(value).__name__)
-        if type(value).__module__.startswith("torch._ops"):
-            return ("id", id(value))
-        return self._object(value, names)
+            return self._module(value)
+        if isinstance(value, type):
+            return self._class(value)
+        if isinstance(value, _BY_IDENTITY) or kind.__module__.startswith("torch._ops"):
+            return self._identity(value)
+        return self._object(value)
 
-    def _all(self, values: Iterable[Any], names: frozenset[str]) -> list[Any]:
-        return [self._walk(value, names) for value in values]
+    def _all(self, values: Iterable[Any]) -> list[Any]:
+        return [self._walk(value) for value in values]
+
+    def _named(self, held: Mapping[str, Any]) -> list[Any]:
+        """Those attributes whose names occur in the mod's code."""
+        if not held:
+            return []
+        return self._all([x for name in sorted(self._names & held.keys()) for x in (name, held[name])])
+
+    def _identity(self, value: Any) -> Any:
+        self.kept.append(value)
+        return ("id", id(value))
 
     def _function(self, function: types.FunctionType) -> Any:
         code = function.__code__
-        if function.__module__ is not None and function.__module__.split(".")[0] in _LIBRARIES:
-            return ("id", id(function))
+        if _is_library(function.__module__):
+            return self._identity(function)
         names = _names(code)
+        if names & _BY_OTHER_WAYS:
+            raise UnknownValueError(f"{function.__qualname__} finds values by {', '.join(names & _BY_OTHER_WAYS)}")
+        self._found |= names
         cells = [cell.cell_contents if _filled(cell) else None for cell in function.__closure__ or ()]
         reached = [function.__globals__[name] for name in _names_in_order(code) if name in function.__globals__]
         defaults = (function.__defaults__, function.__kwdefaults__)
-        return ("function", code, *self._all((*defaults, *cells, *reached), names))
+        return ("function", code, *self._all((*defaults, *cells, *reached)), *self._named(function.__dict__))
 
-    def _module(self, module: types.ModuleType, names: frozenset[str]) -> Any:
-        if module.__name__.split(".")[0] in _LIBRARIES:
+    def _module(self, module: types.ModuleType) -> Any:
+        if _is_library(module.__name__):
             return ("module", module.__name__)
-        reached = [getattr(module, name) for name in sorted(names) if name in vars(module)]
-        return ("module", module.__name__, *self._all(reached, names))
+        if "__getattr__" in vars(module):
+            raise UnknownValueError(f"{module.__name__}.__getattr__")
+        return ("module", module.__name__, *self._named(vars(module)))
 
-    def _object(self, value: Any, names: frozenset[str]) -> Any:
-        if not hasattr(value, "__dict__"):
-            raise UnknownValueError(type(value).__name__)
-        call = type(value).__call__ if callable(value) else None
-        if isinstance(value, torch.nn.Module):
-            call = type(value).forward
-        if call is not None and hasattr(call, "__code__"):
-            names = names | _names(call.__code__)
-        parts: list[Any] = []
-        every = isinstance(value, torch.nn.ParameterList | torch.nn.ModuleList | torch.nn.ParameterDict)
-        held = dict(value.__dict__)
+    def _class(self, kind: type) -> Any:
+        """A class by identity, with what its code reaches and the attributes that the mod may read."""
+        key = self._identity(kind)
+        for base in kind.__mro__:
+            if _is_library(base.__module__):
+                continue
+            held = vars(base)
+            for name in sorted(held):
+                found = held[name]
+                special = name.startswith("__") and isinstance(found, types.FunctionType) and name not in _NOT_RUN
+                if name in ("__getattr__", "__getattribute__"):
+                    raise UnknownValueError(f"{base.__name__}.{name}")
+                if name in self._names or special:
+                    key += (name, self._walk(found))
+        return key
+
+    def _object(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, types.MemberDescriptorType | types.GetSetDescriptorType):  # a slot, in its class
+            return self._identity(value)
+        if not hasattr(value, "__dict__") or any(getattr(base, "__slots__", ()) for base in kind.__mro__):
+            raise UnknownValueError(kind.__name__)
+        held = value.__dict__
         if isinstance(value, torch.nn.Module):
             held = {**value._buffers, **value._parameters, **value._modules, "training": value.training} | {
                 name: x for name, x in held.items() if not name.startswith("_")
             }
-        for name in sorted(held):
-            if name in names or every:
-                parts += [name, held[name]]
-        for name in sorted(names - held.keys()):
-            found = inspect.getattr_static(type(value), name, None)
-            if isinstance(found, property):
-                found = found.fget
-            if isinstance(found, types.FunctionType) and type(value).__module__.split(".")[0] not in _LIBRARIES:
-                names = names | _names(found.__code__)
-                parts += [name, found]
-        key = ("object", id(type(value)), *self._all(parts, names))
-        if call is not None and isinstance(call, types.FunctionType):
-            key += (self._walk(call, names),)
-        return key
+            if _is_library(kind.__module__):  # its code is not looked at, so all that it holds may be read
+                parts = [x for name in sorted(held) for x in (name, held[name])]
+                return ("module object", *self._identity(kind), *self._all(parts))
+        elif _is_library(kind.__module__):
+            raise UnknownValueError(kind.__name__)
+        return ("object", self._walk(kind), *self._named(held))
+
+
+# By the code (or class) of a mod: the names that its walk found the last time; more of them do no harm
+_known_names: dict[Any, frozenset[str]] = {}
+
+
+def _is_library(module: str | None) -> bool:
+    return module is not None and module.split(".")[0] in _LIBRARIES
 
 
 @functools.lru_cache(maxsize=4096)

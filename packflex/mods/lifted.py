@@ -82,9 +82,11 @@ def lift(mod: Callable[..., Any], kind: str, device: torch.device) -> Lifted:
         _traces.move_to_end(key)
         return known.lifted(fingerprint.tensors)
     traced = trace(mod, kind, device)
-    _traces[key] = _Recipe.of(traced, fingerprint)
-    if len(_traces) > _MOST_TRACES:
-        _traces.popitem(last=False)
+    recipe = _Recipe.of(traced, fingerprint)
+    if recipe is not None:
+        _traces[key] = recipe
+        if len(_traces) > _MOST_TRACES:
+            _traces.popitem(last=False)
     return _finished(traced)
 
 
@@ -109,7 +111,7 @@ def intern(program: Program) -> str:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to find a trace's tensors again among those that another mod of the same key reaches."""
+    """How to find a trace's tensors again among those that another mod of the same key reaches; holds none of them."""
 
     key: str
     numbers: list[float | int]
@@ -119,7 +121,8 @@ class _Recipe:
     kept: list[Any]
 
     @staticmethod
-    def of(traced: Traced, fingerprint: Fingerprint) -> _Recipe:
+    def of(traced: Traced, fingerprint: Fingerprint) -> _Recipe | None:
+        """None where the trace used a tensor that the fingerprint has not seen, and that may be another next time."""
         places: dict[int, _Place] = {id(x): _Place("reached", i) for i, x in enumerate(fingerprint.tensors)}
         tape = []
         for number, entry in enumerate(traced.tape):
@@ -131,9 +134,11 @@ class _Recipe:
         held = [(slot, places.get(id(x), x)) for slot, x in traced.held.items()]
         numbers = [scalar.argument() for scalar in traced.program.scalars]
         used = any(isinstance(x, _Place) and x.kind == "made" for x in [*captures, *(x for _, x in held)])
-        # values of tensors are no part of the key, so nothing that the trace held may be collected and its id reused
-        kept = [fingerprint.kept, traced.captures]
-        return _Recipe(intern(traced.program), numbers, captures, held, tape if used else [], kept)
+        tape = tape if used else []
+        given = tree_leaves([[entry.args, entry.kwargs] for entry in tape])
+        if any(isinstance(x, Tensor) for x in [*captures, *(x for _, x in held), *given]):
+            return None
+        return _Recipe(intern(traced.program), numbers, captures, held, tape, fingerprint.kept)
 
     def lifted(self, reached: list[Tensor]) -> Lifted:
         made: list[list[Any]] = []

@@ -415,6 +415,141 @@ def test_a_mod_that_cannot_be_compared_is_traced_at_each_call(traces):
     assert len(traces) == 4
 
 
+class Slope:
+    """Reads its factor in every way that a class has."""
+
+    shared = 2.0
+    indirect = None
+
+    def __init__(self):
+        self.factor = 2.0
+        self.other = 1.0
+        self.table = torch.full((S,), 2.0)
+
+    def helper(self, score):
+        return score * self.factor
+
+    @property
+    def slope(self):
+        return self.factor
+
+    @staticmethod
+    def of_class(score):
+        return score * Slope.shared
+
+    @classmethod
+    def by_class(cls, score):
+        return score * cls.shared
+
+    def __getitem__(self, index):
+        return self.factor
+
+
+class Config:
+    factor = 2.0
+
+
+def with_attribute(score, b, h, q_idx, kv_idx):
+    return score * with_attribute.factor
+
+
+def chained(*mods):
+    def mod(score, *indices):
+        for each in mods:
+            score = each(score, *indices)
+        return score
+
+    return mod
+
+
+def twice_named(x):
+    """Two functions that read different attributes of one object."""
+    return chained(lambda s, b, h, q, kv: s * x.other, lambda s, b, h, q, kv: s * x.factor)
+
+
+def replace_table(x):
+    x.table = torch.full((S,), -1.0)
+
+
+WAYS = {
+    "helper": (lambda x: lambda s, b, h, q, kv: x.helper(s), lambda x: setattr(x, "factor", -1.0)),
+    "bound helper": (lambda x: lambda s, b, h, q, kv, f=x.helper: f(s), lambda x: setattr(x, "factor", -1.0)),
+    "property": (lambda x: lambda s, b, h, q, kv: s * x.slope, lambda x: setattr(x, "factor", -1.0)),
+    "item": (lambda x: lambda s, b, h, q, kv: s * x[0], lambda x: setattr(x, "factor", -1.0)),
+    "table": (lambda x: lambda s, b, h, q, kv: s * x.table[kv], replace_table),
+    "class attribute": (lambda x: lambda s, b, h, q, kv: s * x.shared, lambda x: setattr(Slope, "shared", -1.0)),
+    "staticmethod": (lambda x: lambda s, b, h, q, kv: x.of_class(s), lambda x: setattr(Slope, "shared", -1.0)),
+    "classmethod": (lambda x: lambda s, b, h, q, kv: x.by_class(s), lambda x: setattr(Slope, "shared", -1.0)),
+    "class": (lambda x: lambda s, b, h, q, kv: s * Config.factor, lambda x: setattr(Config, "factor", -1.0)),
+    "function attribute": (lambda x: with_attribute, lambda x: setattr(with_attribute, "factor", -1.0)),
+    "two readers": (twice_named, lambda x: setattr(x, "factor", -1.0)),
+    "name in parts": (
+        lambda x: lambda s, b, h, q, kv: s * getattr(x, f"fac{'tor'}"),
+        lambda x: setattr(x, "factor", -1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_value_found_by_any_way_is_seen_to_change(way, monkeypatch):
+    monkeypatch.setattr(Slope, "shared", 2.0)
+    monkeypatch.setattr(Config, "factor", 2.0)
+    monkeypatch.setattr(with_attribute, "factor", 2.0, raising=False)
+    make, change = WAYS[way]
+    slope = Slope()
+    mod = make(slope)
+    assert relative_error(attend(mod), expected(lambda s, b, h, q, kv: 2 * s)) < 3e-6
+    assert relative_error(attend(mod), expected(lambda s, b, h, q, kv: 2 * s)) < 3e-6
+    change(slope)
+    assert relative_error(attend(mod), expected(lambda s, b, h, q, kv: -s)) < 3e-6
+
+
+def test_two_modules_that_read_through_a_helper_keep_their_own_parameters():
+    class RelativeBias(torch.nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.randn(H, S, generator=torch.Generator().manual_seed(seed)))
+
+        def bias(self, h, distance):
+            return self.w[h, distance.abs()]
+
+        def score_mod(self, score, b, h, q_idx, kv_idx):
+            return score + self.bias(h, q_idx - kv_idx)
+
+    layers = [RelativeBias(seed) for seed in range(2)]
+    for layer in layers:
+        w = layer.w.detach().double()
+        found = attend(layer.score_mod)
+        assert relative_error(found, expected(lambda s, b, h, q, kv, w=w: s + w[h, (q - kv).abs()])) < 3e-6
+    norms = [layer.w.grad.norm() for layer in layers]
+    assert min(norms) > 1e-3
+    assert norms[0] != norms[1]
+
+
+def test_a_remembered_trace_keeps_no_tensor_alive():
+    gone = []
+    for length in range(20, 24):
+        table = torch.zeros(length)
+        gone.append(weakref.ref(table))
+        key(lambda s, b, h, q, kv, table=table: s + (table * 2)[kv])
+        del table
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 4
+
+
+def test_a_tensor_that_the_walk_did_not_see_is_never_remembered(traces, monkeypatch):
+    """Whatever way a mod found to a tensor, another call may find another there."""
+    tables = iter([torch.full((S,), 2.0), torch.full((S,), -1.0)])
+    monkeypatch.setattr(math, "hidden", lambda: next(tables), raising=False)  # libraries are not looked into
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score * math.hidden()[kv_idx]
+
+    for factor in (2.0, -1.0):
+        out = flex_attention(*tensors(), score_mod=mod, backend="triton", kernel_options=SMALL_TILES)
+        assert relative_error(out, expected(lambda s, b, h, q, kv, factor=factor: s * factor)) < 3e-6
+
+
 def test_traces_are_forgotten_in_the_end(monkeypatch):
     """A number of its own for each call fills no memory: the oldest traces go."""
     monkeypatch.setattr(lifted_module, "_traces", OrderedDict())

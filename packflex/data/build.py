@@ -44,10 +44,13 @@ from packflex.data.write import (
     FileFormat,
     PackedManifest,
     check_output,
+    is_replacing,
     move_into_place,
+    output_folder,
     pack_fingerprint,
     put_back,
     shard_writer,
+    work_folder,
 )
 from packflex.packing import plan_rows
 
@@ -117,15 +120,15 @@ def build_packed(
         DataError: what is wrong with the documents, the disk or the output, in one line with its remedy.
         ValueError: packing arguments out of range.
     """
-    folder = Path(output).expanduser()
+    folder = output_folder(output)
     check_output(folder, overwrite)
     plan_rows([1], seq_len, strategy, overflow=overflow, seed=seed)  # checks the arguments before the long work
     options = tokenize or TokenizeOptions()
-    work = folder.parent / f".{folder.name}.packing"
+    work = work_folder(folder)
     engine = engine or LocalEngine()
     report = progress or (lambda step, done, total: None)
     with only_writer(work):
-        put_back(work / _PARKED, folder)
+        put_back(work, folder)
         check_output(folder, overwrite)
         run = _Run(work, tokenizer, options, engine, report)
         try:
@@ -137,7 +140,7 @@ def build_packed(
             manifest = run.manifest(plan, fingerprint, files, checksums, counts, sources, file_format)
             with written_whole(run.rows / MANIFEST_NAME) as path:
                 path.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-            move_into_place(run.rows, folder, overwrite, work / _PARKED)
+            move_into_place(run.rows, folder, overwrite, work)
         except BaseException:
             run.leave()
             raise
@@ -414,11 +417,10 @@ class _Run:
 
     def leave(self) -> None:
         """Keep what a later run can use; nothing is worth keeping before the first chunk is done."""
-        if not any(self.work.glob("tokens-*.arrow")) and not (self.work / _PARKED).exists():
+        if not any(self.work.glob("tokens-*.arrow")) and not is_replacing(self.work):
             shutil.rmtree(self.work, ignore_errors=True)
 
 
-_PARKED = "replaced"  # the data set that another takes the place of, for a moment
 _SHARD_COUNTS = ("rows", "documents", "tokens", "supervised", "unsupervised")
 _PLAN_ARRAYS = ("document_indices", "piece_starts", "piece_lengths", "row_offsets")
 

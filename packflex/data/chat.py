@@ -58,7 +58,7 @@ class ChatEncoder:
                 "Jinja file (chat_template=, --chat-template FILE), or an instruct model's tokenizer"
             )
         self._special = frozenset(self.tokenizer.all_special_ids)
-        self._writes_calls = False  # whether the template has been seen to write tool calls
+        self._written_calls: set[Any] = set()  # kinds of turns whose tool calls the template was seen to write
 
     def encode(
         self, messages: list[dict[str, Any]], tools: Tools = None, source: str = "conversation"
@@ -81,25 +81,54 @@ class ChatEncoder:
         self._require_written_calls(messages, tools, source)
         template = self.tokenizer.get_chat_template(tools=tools or None)
         if _is_marked(template) and self.tokenizer.is_fast:
-            return self._encode_marked(messages, tools, source)
+            return self._encode_marked(messages, assistant, tools, source)
         return self._encode_turn_by_turn(messages, assistant, tools, source)
 
-    def _encode_marked(self, messages: list[dict[str, Any]], tools: Tools, source: str) -> tuple[list[int], list[int]]:
+    def _encode_marked(
+        self, messages: list[dict[str, Any]], assistant: list[int], tools: Tools, source: str
+    ) -> tuple[list[int], list[int]]:
+        ids, runs = self._marked(messages, tools, source)
+        words = [ids[run.start : run.stop] for run in runs]
+        kept = range(len(runs))
+        if self.turns == "last" and assistant:
+            kept = self._runs_of(assistant[-1], messages, words, tools, source)
+        silent: set[int] = set()
+        for turn in assistant:
+            if not self._says_something(messages, turn, tools, source):
+                silent |= set(self._runs_of(turn, messages, words, tools, source))
+        labels = [IGNORED] * len(ids)
+        for number in set(kept) - silent:
+            run = runs[number]
+            labels[run.start : run.stop] = ids[run.start : run.stop]
+        return ids, labels
+
+    def _marked(self, messages: list[dict[str, Any]], tools: Tools, source: str) -> tuple[list[int], list[range]]:
+        """Token ids, and the places of each marked run of them."""
         out = self._apply(messages, tools, source, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = list(out["input_ids"]), list(out["assistant_masks"])
-        said = [self._says_something(messages, i, tools, source) for i, m in enumerate(messages)
-                if m["role"] == "assistant"]  # fmt: skip
-        runs = [i for i, (one, before) in enumerate(zip(mask, [0, *mask], strict=False)) if one and not before]
-        if not all(said) and len(runs) == len(said):
-            for start, something in zip(runs, said, strict=True):
-                if not something:
-                    end = next((i for i in range(start, len(mask)) if not mask[i]), len(mask))
-                    mask[start:end] = [0] * (end - start)
-        if self.turns == "last" and 1 in mask:
-            end = len(mask) - mask[::-1].index(1)
-            start = max((i + 1 for i in range(end) if not mask[i]), default=0)
-            mask = [int(start <= i < end) for i in range(len(mask))]
-        return ids, [token if said else IGNORED for token, said in zip(ids, mask, strict=True)]
+        mask = list(out["assistant_masks"])
+        edges = [i for i, (one, before) in enumerate(zip([*mask, 0], [0, *mask], strict=True)) if one != before]
+        return list(out["input_ids"]), [range(*pair) for pair in zip(edges[::2], edges[1::2], strict=True)]
+
+    def _runs_of(
+        self, turn: int, messages: list[dict[str, Any]], words: list[list[int]], tools: Tools, source: str
+    ) -> range:
+        """Which of the marked runs, whose tokens are `words`, are a turn's: those that it adds to the turns before."""
+        ends = []
+        for end in (turn, turn + 1):
+            found = words
+            if end == 0:
+                found = []
+            elif end < len(messages):
+                earlier, spans = self._marked(messages[:end], tools, source)
+                found = [earlier[span.start : span.stop] for span in spans]
+            if found != words[: len(found)]:
+                raise DataError(
+                    f"{source}: the chat template of {tokenizer_name(self.tokenizer)} writes the turns before message "
+                    f"{end} differently when others follow, so the words of message {turn} cannot be told apart; leave "
+                    "turns out in which the assistant says nothing, or mark the template otherwise"
+                )
+            ends.append(len(found))
+        return range(*ends)
 
     def _encode_turn_by_turn(
         self, messages: list[dict[str, Any]], assistant: list[int], tools: Tools, source: str
@@ -165,29 +194,40 @@ class ChatEncoder:
         if not any(value for key, value in message.items() if key not in ("role", "content", "tool_calls")):
             return False
         empty = {"role": message["role"], "content": ""}
-        texts = [self._apply([*messages[:turn], each], tools, source, tokenize=False) for each in (message, empty)]
+        later = messages[turn + 1 :]  # templates leave thoughts out that are followed by other turns
+        texts = [
+            self._apply([*messages[:turn], each, *later], tools, source, tokenize=False) for each in (message, empty)
+        ]
         return bool(texts[0] != texts[1])
 
     def _require_written_calls(self, messages: list[dict[str, Any]], tools: Tools, source: str) -> None:
-        """See, once, that the template writes what the assistant calls; many forget it without a word.
+        """See that the template writes what the assistant calls; many forget it without a word, in some turns or all.
+
+        Looked at once for turns of a kind: with words or thoughts or without, with one call or more, last or not.
 
         Raises:
             DataError: a template that does not.
         """
-        if self._writes_calls or not any(m["role"] == "assistant" and m.get("tool_calls") for m in messages):
-            return
-        others = [
-            {**m, "tool_calls": [_renamed(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m
-            for m in messages
-        ]
-        texts = [self._apply(each, tools, source, tokenize=False) for each in (messages, others)]
-        if texts[0] == texts[1]:
-            raise DataError(
-                f"{source}: the assistant calls tools, and the chat template of {tokenizer_name(self.tokenizer)} does "
-                "not write 'tool_calls', so they would be lost; give a template that does (chat_template=, "
-                "--chat-template FILE), or leave such conversations out"
-            )
-        self._writes_calls = True
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant" or not message.get("tool_calls"):
+                continue
+            calls = message["tool_calls"]
+            kind = (
+                frozenset(key for key, value in message.items() if value), min(len(calls), 2), bool(tools),
+                turn == len(messages) - 1, messages[turn - 1]["role"] if turn else None,
+            )  # fmt: skip
+            if kind in self._written_calls:
+                continue
+            other = {**message, "tool_calls": [*calls[:-1], _renamed(calls[-1])]}
+            others = [*messages[:turn], other, *messages[turn + 1 :]]
+            texts = [self._apply(each, tools, source, tokenize=False) for each in (messages, others)]
+            if texts[0] == texts[1]:
+                raise DataError(
+                    f"{source}: the assistant calls tools in message {turn}, and the chat template of "
+                    f"{tokenizer_name(self.tokenizer)} does not write these 'tool_calls', so they would be lost; give "
+                    "a template that does (chat_template=, --chat-template FILE), or leave such conversations out"
+                )
+            self._written_calls.add(kind)
 
     def _apply(self, messages: list[dict[str, Any]], tools: Tools, source: str, **options: Any) -> Any:
         import jinja2  # here and not above: only conversations need templates
@@ -201,11 +241,11 @@ class ChatEncoder:
                 f"the chat template of {tokenizer_name(self.tokenizer)} is not valid Jinja "
                 f"({error.message}, line {error.lineno}); fix the template"
             ) from error
-        except (jinja2.TemplateError, TypeError) as error:  # raise_exception() in a template; None + str and the like
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # raise_exception(); None + str; odd tools
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
                 f"{source}: the chat template of {tokenizer_name(self.tokenizer)} refuses the conversation "
-                f"({one_line(error)}; roles: {roles}); fix the record or the template"
+                f"{'or its tools ' if tools else ''}({one_line(error)}; roles: {roles}); fix the record or the template"
             ) from error
 
 

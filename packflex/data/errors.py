@@ -30,6 +30,11 @@ def too_long_message(first: str, length: int, count: int, seq_len: int) -> str:
     )
 
 
-def padded_message(name: str) -> str:
-    """What to say of a document with padding in it."""
-    return f"{name} is padded (its attention_mask has zeros): tokenise without padding, packing needs none"
+def mask_message(name: str, value: int) -> str:
+    """What to say of a document whose attention mask holds `value`, and not 1."""
+    if value == 0:
+        return f"{name} is padded (its attention_mask has zeros): tokenise without padding, packing needs none"
+    return (
+        f"{name}: 'attention_mask' holds {value}, and says 1 of a token and 0 of padding; where it numbers the "
+        "documents of a record, split that into one record for each"
+    )

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from packflex.data.errors import DataError, padded_message, too_long_message
+from packflex.data.errors import DataError, mask_message, too_long_message
 from packflex.data.ids import RepeatedIds
 from packflex.data.labels import IGNORED, MASK_COLUMNS
 from packflex.data.supervision import cut_bare_message, documents_cut_bare
@@ -298,6 +298,13 @@ def _refuse_padding(dataset: Dataset, lengths: np.ndarray) -> None:
     """Padding is no text: it would be trained on, and packed as if it were."""
     if "attention_mask" not in dataset.column_names:
         return
+    kind = dataset.data.schema.field("attention_mask").type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not lists or not (pa.types.is_integer(kind.value_type) or pa.types.is_boolean(kind.value_type)):
+        raise ValueError(
+            f"{name_of(dataset, 0)}: 'attention_mask' must be a list of 0 and 1 for each token; the column is {kind}; "
+            "tokenise again, or remove the column where nothing is padded"
+        )
     document = 0
     for batch in dataset.select_columns(["attention_mask"]).with_format("arrow").iter(10_000):
         for chunk in batch["attention_mask"].chunks:
@@ -311,10 +318,12 @@ def _refuse_padding(dataset: Dataset, lengths: np.ndarray) -> None:
                     "again, or remove the column where nothing is padded"
                 )
             values = chunk.flatten().to_numpy(zero_copy_only=False)
-            if len(values) and not values.all():
+            whole = values == 1
+            if not whole.all():
                 ends = np.cumsum(pc.fill_null(chunk.value_lengths(), 0).to_numpy(zero_copy_only=False))
-                at = document + int(np.searchsorted(ends, int(np.argmin(values != 0)), side="right"))
-                raise ValueError(padded_message(name_of(dataset, at)))
+                first = int(np.argmin(whole))
+                at = document + int(np.searchsorted(ends, first, side="right"))
+                raise ValueError(mask_message(name_of(dataset, at), int(values[first])))
             document += len(chunk)
 
 

@@ -12,14 +12,14 @@ import copy
 import hashlib
 import logging
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from packflex.data.errors import DataError, one_line, padded_message
+from packflex.data.errors import DataError, mask_message, one_line
 from packflex.data.ids import RepeatedIds
 from packflex.data.labels import FILLER, IGNORED, MASK_COLUMNS
 from packflex.data.supervision import cut_bare_message, supervised_in_pieces
@@ -565,10 +565,16 @@ def _tokens(document: Mapping[str, Any], name: str) -> _Piece:
     ids = _integers(document["input_ids"], name, "input_ids")
     if not len(ids):
         raise DataError(f"{name}: the document is empty; leave empty documents out of the stream")
-    if document.get("attention_mask") is not None:
-        shown = _integers(document["attention_mask"], name, "attention_mask", lowest=-(2**31))
-        if not shown.all():
-            raise DataError(padded_message(name))
+    if "attention_mask" in document:
+        shown = document["attention_mask"]
+        if shown is None or (len(shown) if isinstance(shown, Sized) else -1) != len(ids):
+            raise DataError(
+                f"{name}: 'attention_mask' must hold a number for each of the {len(ids)} tokens; tokenise again, or "
+                "remove the column where nothing is padded"
+            )
+        shown = _integers(shown, name, "attention_mask", lowest=-(2**31))
+        if (shown != 1).any():
+            raise DataError(mask_message(name, int(shown[np.argmax(shown != 1)])))
     present = [column for column in ("labels", *MASK_COLUMNS) if column in document]
     given = [column for column in present if document[column] is not None]
     if len(given) > 1:

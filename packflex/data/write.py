@@ -11,14 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from packflex.data.errors import DataError, one_line
-from packflex.data.files import raise_full_disk, room_needed, sha256_of
+from packflex.data.files import only_writer, raise_full_disk, room_needed, sha256_of
 from packflex.data.tokenizer import (
     chat_template_fingerprint,
     tokenizer_fingerprint,
@@ -40,6 +39,8 @@ ROWS_SCHEMA_VERSION = 2
 _COLUMNS = ("input_ids", "labels", "lengths")
 _SHARD_BYTES = 512 * 2**20  # of Arrow memory
 _ROWS_AT_ONCE = 256
+_REPLACED = "replaced"  # in the work folder: the data set that another takes the place of, for a moment
+_DISCARDED = "discarded"  # the same, once the other is in its place
 
 
 @dataclass(frozen=True)
@@ -140,58 +141,64 @@ def write_packed(
 
     if file_format not in get_args(FileFormat):
         raise ValueError(f"file_format must be 'parquet' or 'arrow'; got {file_format!r}")
-    folder = Path(output).expanduser()
+    folder = output_folder(output)
     check_output(folder, overwrite)
     if not len(packed):
         raise DataError("there is no packed row to write; pack at least one document")
     report = summarise(packed, seq_len)
     template = chat_template_fingerprint(tokenizer) if document_format == "messages" else None
-    with room_needed(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
-    try:
-        files = _write_shards(packed.select_columns(list(_COLUMNS)), aside, file_format)
-        manifest = PackedManifest(
-            manifest_version=MANIFEST_VERSION,
-            packflex_version=packflex.__version__,
-            fingerprint=pack_fingerprint(
-                source=source_fingerprint,
-                tokenizer=tokenizer_fingerprint(tokenizer),
-                chat_template=template,
-                options=dict(options or {}),
+    work = work_folder(folder)
+    aside = work / "writing"
+    with only_writer(work):
+        put_back(work, folder)
+        check_output(folder, overwrite)
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            with room_needed(folder):
+                aside.mkdir()
+            files = _write_shards(packed.select_columns(list(_COLUMNS)), aside, file_format)
+            manifest = PackedManifest(
+                manifest_version=MANIFEST_VERSION,
+                packflex_version=packflex.__version__,
+                fingerprint=pack_fingerprint(
+                    source=source_fingerprint,
+                    tokenizer=tokenizer_fingerprint(tokenizer),
+                    chat_template=template,
+                    options=dict(options or {}),
+                    seq_len=seq_len,
+                    strategy=strategy,
+                    overflow=overflow,
+                    seed=seed,
+                ),
+                file_format=file_format,
+                files=files,
+                checksums={name: sha256_of(aside / name) for name in files},
+                rows=report.rows,
+                documents=report.documents,
+                tokens=report.tokens,
+                supervised_tokens=report.supervised_tokens,
                 seq_len=seq_len,
+                efficiency=report.efficiency,
                 strategy=strategy,
                 overflow=overflow,
                 seed=seed,
-            ),
-            file_format=file_format,
-            files=files,
-            checksums={name: sha256_of(aside / name) for name in files},
-            rows=report.rows,
-            documents=report.documents,
-            tokens=report.tokens,
-            supervised_tokens=report.supervised_tokens,
-            seq_len=seq_len,
-            efficiency=report.efficiency,
-            strategy=strategy,
-            overflow=overflow,
-            seed=seed,
-            sources=list(sources),
-            source_fingerprint=source_fingerprint,
-            document_format=document_format,
-            tokenizer=tokenizer_reference(tokenizer),
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            chat_template_fingerprint=template,
-            options=dict(options or {}),
-            counts=dict(counts or {}),
-        )
-        # Last: a folder without it is half-written.
-        (aside / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-        os.chmod(aside, 0o755)  # mkdtemp keeps others out
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.old-", dir=folder.parent) as old:
-            move_into_place(aside, folder, overwrite, Path(old) / folder.name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+                sources=list(sources),
+                source_fingerprint=source_fingerprint,
+                document_format=document_format,
+                tokenizer=tokenizer_reference(tokenizer),
+                tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+                chat_template_fingerprint=template,
+                options=dict(options or {}),
+                counts=dict(counts or {}),
+            )
+            # Last: a folder without it is half-written.
+            (aside / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+            move_into_place(aside, folder, overwrite, work)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            # what a run of `packflex pack` keeps there is its own
+            if all(path.name == "lock" for path in work.iterdir()):
+                shutil.rmtree(work)
     return manifest
 
 
@@ -434,27 +441,38 @@ def pack_fingerprint(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def move_into_place(aside: Path, folder: Path, overwrite: bool, parked: Path) -> None:
+def output_folder(output: str | Path) -> Path:
+    """The folder that `output` names; where that is a link to one, what it links to, which is then replaced."""
+    folder = Path(output).expanduser()
+    return folder.resolve() if folder.is_symlink() and folder.exists() else folder
+
+
+def work_folder(folder: Path) -> Path:
+    """Where everything lies that is not finished yet."""
+    return folder.parent / f".{folder.name}.packing"
+
+
+def move_into_place(aside: Path, folder: Path, overwrite: bool, work: Path) -> None:
     """Give a finished folder its name, with `overwrite` in place of a packed data set that is there.
 
     Args:
         aside: the finished folder.
         folder: its name.
         overwrite: whether a packed data set of that name is replaced.
-        parked: where that one is meanwhile, a path that nobody else uses; after a kill `put_back` finds it there.
+        work: where that one is for a moment, a folder of this writer's; after a kill `put_back` finds it there.
 
     Raises:
         DataError: a folder that came there meanwhile, and is not to be replaced; it and `aside` are left as they are.
     """
     check_output(folder, overwrite)
     if folder.exists():
-        os.rename(folder, parked)
+        os.rename(folder, work / _REPLACED)
         try:
             os.rename(aside, folder)
         except BaseException:
-            os.rename(parked, folder)
+            os.rename(work / _REPLACED, folder)
             raise
-        shutil.rmtree(parked)
+        _discard(work)
         return
     try:
         os.rename(aside, folder)
@@ -465,14 +483,26 @@ def move_into_place(aside: Path, folder: Path, overwrite: bool, parked: Path) ->
         raise
 
 
-def put_back(parked: Path, folder: Path) -> None:
+def put_back(work: Path, folder: Path) -> None:
     """Undo what a kill left half-done in `move_into_place`."""
-    if not parked.exists():
+    shutil.rmtree(work / _DISCARDED, ignore_errors=True)
+    if not (work / _REPLACED).exists():
         return
     if folder.exists():
-        shutil.rmtree(parked)
+        _discard(work)
     else:
-        os.rename(parked, folder)
+        os.rename(work / _REPLACED, folder)
+
+
+def is_replacing(work: Path) -> bool:
+    """Whether the work folder holds the only copy of a data set that was to be replaced."""
+    return (work / _REPLACED).exists()
+
+
+def _discard(work: Path) -> None:
+    """Remove the replaced data set; renamed first, so that half of it is never taken for the whole."""
+    os.rename(work / _REPLACED, work / _DISCARDED)
+    shutil.rmtree(work / _DISCARDED)
 
 
 def shard_writer(path: Path, file_format: FileFormat) -> Any:

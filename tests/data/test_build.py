@@ -494,19 +494,29 @@ def test_a_kill_while_a_data_set_is_replaced_loses_neither(source, tmp_path, tok
 
     with monkeypatch.context() as patch:
         patch.setattr("packflex.data.write.os.rename", counted)
-        if at < 3:
-            with pytest.raises(KilledError):
-                pack(source, out, tokenizer, seq_len=64, overwrite=True)
-        else:
+        with pytest.raises(KilledError):
             pack(source, out, tokenizer, seq_len=64, overwrite=True)
-    if at < 3:
-        with pytest.raises(DataError, match="is there already"):
-            pack(source, out, tokenizer, seq_len=64)
-        assert contents(out) == first
-        pack(source, out, tokenizer, seq_len=64, overwrite=True)
     pack(source, tmp_path / "fresh", tokenizer, seq_len=64)
+    with pytest.raises(DataError, match="is there already"):
+        pack(source, out, tokenizer, seq_len=64)
+    assert contents(out) == (first if at < 3 else contents(tmp_path / "fresh"))
+    pack(source, out, tokenizer, seq_len=64, overwrite=True)
     assert contents(out) == contents(tmp_path / "fresh")
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} <= {"out", "fresh", "hf"}
+
+
+def test_a_link_to_a_data_set_stays_a_link_when_that_is_replaced(source, tmp_path, tokenizer):
+    out, link = tmp_path / "disk" / "out", tmp_path / "link"
+    pack(source, out, tokenizer)
+    link.symlink_to(out)
+    pack(source, link, tokenizer, seq_len=64, overwrite=True)
+    pack(source, tmp_path / "fresh", tokenizer, seq_len=64)
+    assert link.is_symlink()
+    assert contents(out) == contents(tmp_path / "fresh")
+    with pytest.raises(DataError, match="is there already"):
+        pack(source, link, tokenizer)
+    assert {path.name for path in tmp_path.iterdir()} <= {"disk", "link", "fresh", "hf", source.name}
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 def test_folders_of_like_names_are_nobody_else_s_business(source, tmp_path, tokenizer):

@@ -196,7 +196,9 @@ def test_calls_that_the_template_does_not_write_are_refused(plain):
     schema = [{"type": "function", "function": {"name": CALL["function"]["name"], "parameters": {}}}]
     silent = CHATML.replace("{% for m", "{% if tools %}{{ tools[0].function.name }}{% endif %}{% for m", 1)
     for template in (CHATML, MARKED, silent):
-        with pytest.raises(DataError, match=r"talk.jsonl:3: the assistant calls tools, .* does not write 'tool_calls'"):
+        with pytest.raises(
+            DataError, match=r"talk.jsonl:3: the assistant calls tools in message 2, .* not write these 'tool_calls'"
+        ):
             encode(plain, template, calls, tools=schema)
     encode(plain, TOOLS, calls, tools=schema)
 
@@ -217,3 +219,69 @@ def test_thoughts_without_words_are_learned(plain):
     assert spoken(plain, labels) == ["two and two<|eos|>", "six, I think<|eos|>"]
     _, labels = encode(plain, CHATML, talk)
     assert spoken(plain, labels) == ["six, I think<|eos|>"], "this template writes no thoughts"
+
+
+@pytest.mark.parametrize("template", [MARKED, CHATML], ids=["marked", "plain"])
+def test_the_last_turn_says_nothing_and_no_other_is_taken_for_it(plain, template):
+    _, labels = encode(plain, template, [*TALK[:4], {"role": "assistant", "content": ""}], turns="last")
+    assert set(labels) == {-100}
+
+
+# Two marked runs a turn, the first of them thoughts
+THINKING = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.reasoning_content or '' }}{% endgeneration %}<sep>"
+    "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_turn_may_have_several_marked_runs(plain):
+    asked = {"role": "user", "content": "two plus two?"}
+    thought = {"role": "assistant", "content": "four", "reasoning_content": "six"}
+    empty = {"role": "assistant", "content": ""}
+
+    def learned(*messages, turns="all"):
+        return spoken(plain, encode(plain, THINKING, list(messages), turns)[1])
+
+    assert "".join(learned(asked, thought)) == "sixfour"
+    assert "".join(learned(asked, thought, turns="last")) == "sixfour"
+    assert "".join(learned(asked, thought, asked, empty)) == "sixfour"
+    assert "".join(learned(asked, empty, asked, thought)) == "sixfour"
+    assert "".join(learned(asked, thought, asked, thought, turns="last")) == "sixfour"
+    assert "".join(learned(asked, thought, asked, empty, turns="last")) == ""
+
+
+def test_marks_of_earlier_turns_that_change_are_refused_where_they_are_needed(plain):
+    """Thoughts are written in the last turn alone: which run is whose cannot be counted."""
+    forgetful = THINKING.replace("m.reasoning_content or ''", "m.reasoning_content if loop.last else ''")
+    asked = {"role": "user", "content": "two plus two?"}
+    thought = {"role": "assistant", "content": "four", "reasoning_content": "six"}
+    with pytest.raises(
+        DataError, match=r"talk.jsonl:3: the chat template of .* writes the turns before message \d diff"
+    ):
+        encode(plain, forgetful, [asked, thought, {"role": "assistant", "content": ""}])
+    empty = {"role": "assistant", "content": ""}
+    assert "".join(spoken(plain, encode(plain, forgetful, [asked, thought, asked, empty])[1])) == "four"
+    assert "".join(spoken(plain, encode(plain, forgetful, [asked, thought, asked, thought])[1])) == "foursixfour"
+
+
+def test_calls_that_a_template_writes_in_some_turns_only(plain):
+    """Seen whatever conversations came before."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls and not m.content %}{{ m.tool_calls | tojson }}"
+        "{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = template
+    chat = ChatEncoder(TextEncoder(tokenizer))
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {"x": 1}}}]
+    asked = {"role": "user", "content": "two plus two?"}
+    chat.encode([asked, {"role": "assistant", "content": "", "tool_calls": calls}])
+    with pytest.raises(DataError, match=r"in message 1, and the chat template of .* does not write these"):
+        chat.encode([asked, {"role": "assistant", "content": "let me", "tool_calls": calls}])
+
+
+def test_tools_that_are_no_schemas(plain):
+    with pytest.raises(DataError, match=r"talk.jsonl:3: the chat template of .* or its tools .*; fix the record or"):
+        encode(plain, TOOLS, tools=[1, 2])

@@ -322,3 +322,27 @@ def test_an_attention_mask_that_does_not_tell(mask):
         pack_dataset(documents, seq_len=8)
     whole = Dataset.from_dict({"input_ids": [[1, 2], [3, 4, 5]], "attention_mask": [[1, 1], [1, 1, 1]]})
     assert len(pack_dataset(whole, seq_len=8)) == 1
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [None, None],
+        [1, 1],
+        ["11", "111"],
+        [["1", "0"], ["1"] * 3],
+        [[1.0, float("nan")], [1.0] * 3],
+        [[[1], [1]], [[1], [1], [1]]],
+    ],
+)
+def test_an_attention_mask_of_another_type(mask):
+    documents = Dataset.from_dict({"input_ids": [[1, 2], [3, 4, 5]], "attention_mask": mask})
+    with pytest.raises(ValueError, match=r"'attention_mask' must be a list of 0 and 1 for each token; the column is "):
+        pack_dataset(documents, seq_len=8)
+
+
+def test_an_attention_mask_that_numbers_documents():
+    mask = [[1, 1], [1, 2, 2]]
+    documents = Dataset.from_dict({"input_ids": [[1, 2], [3, 4, 5]], "attention_mask": mask})
+    with pytest.raises(ValueError, match=r"document 1: 'attention_mask' holds 2, .* split that into one record for"):
+        pack_dataset(documents, seq_len=8)

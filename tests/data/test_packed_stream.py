@@ -183,6 +183,11 @@ def test_documents_longer_than_a_row(caplog):
         ({"input_ids": [3, 4], "labels": [3, 2**31]}, "'labels' holds 2147483648, which does not fit int32"),
         ({"input_ids": [3, 4], "labels": None}, "'labels' is missing .null.; remove the document or tokenise it again"),
         ({"input_ids": [3, 0], "attention_mask": [1, 0]}, "is padded .its attention_mask has zeros.: tokenise without"),
+        ({"input_ids": [3, 4], "attention_mask": [1]}, "'attention_mask' must hold a number for each of the 2 tokens"),
+        ({"input_ids": [3, 4], "attention_mask": []}, "'attention_mask' must hold a number for each of the 2 tokens"),
+        ({"input_ids": [3, 4], "attention_mask": None}, "'attention_mask' must hold a number for each of the 2 tokens"),
+        ({"input_ids": [3, 4], "attention_mask": [1, 2]}, "'attention_mask' holds 2, and says 1 of a token and 0 of"),
+        ({"input_ids": [3, 4], "attention_mask": ["1", "1"]}, "'attention_mask' must be a list of integers"),
     ],
 )
 def test_bad_documents_are_named(document, message):

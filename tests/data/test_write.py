@@ -230,6 +230,33 @@ def test_fewer_rows_than_the_manifest_says(tmp_path, tokenizer):
         load_packed(out)
 
 
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_kill_while_rows_are_replaced_loses_neither(tmp_path, tokenizer, monkeypatch, at):
+    out = tmp_path / "out"
+    first = write_rows(out, tokenizer)
+    calls = []
+
+    class KilledError(BaseException):
+        pass
+
+    def counted(old, new, real=os.rename):
+        calls.append(new)
+        if len(calls) >= at:
+            raise KilledError
+        return real(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("packflex.data.write.os.rename", counted)
+        with pytest.raises(KilledError):
+            write_rows(out, tokenizer, seed=4, overwrite=True)
+    with pytest.raises(DataError, match="is there already"):
+        write_rows(out, tokenizer, seed=5)
+    assert read_manifest(out).seed == (first.seed if at < 3 else 4)
+    load_packed(out)  # whole, by its checksums
+    assert write_rows(out, tokenizer, seed=5, overwrite=True).seed == 5
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "hf"}
+
+
 def test_what_cannot_be_written(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="file_format must be 'parquet' or 'arrow'; got 'csv'"):
         write_rows(tmp_path / "out", tokenizer, file_format="csv")

@@ -126,7 +126,7 @@ def flex_attention(
             query, key, value, kv_intervals, q_intervals, sinks, scale, cap, backend, tiles, long, _fixed(deterministic)
         )
     else:
-        mask_mod = None if mask is None else mask.mask_mod
+        mask_mod = None if mask is None else mask.element_mod
         out, lse = reference.dense_attention(query, key, value, mask_mod, score_mod, sinks, scale, cap)
 
     if return_aux is not None:
@@ -138,7 +138,6 @@ def flex_attention(
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, enable_gqa: bool) -> None:
     named = {"query": query, "key": key, "value": value}
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
     for name, x in named.items():
         if x.dim() != 4:
             raise ValueError(f"{name} must be [B, H, S, D]; got {tuple(x.shape)}")
@@ -150,6 +149,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | No
         if x.device != query.device:
             raise ValueError(f"query is on {query.device} and {name} on {x.device}; move them to one device")
     if query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3] or query.shape[3] != key.shape[3]:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
         raise ValueError(
             f"expected query [B, Hq, S, D], key [B, Hkv, KV_LEN, D], value [B, Hkv, KV_LEN, Dv]; got {shapes}"
         )
@@ -247,7 +247,7 @@ def _check_bounds(query: Tensor, key: Tensor, mask: BlockMask | None, score_mod:
     def scores(b: int, h: int, rows: slice) -> Tensor:
         return query[b, h, rows].detach().float() @ key[b, h // group].detach().float().T * scale
 
-    check_reads(score_mod, "score", shape, query.device, None if mask is None else mask.mask_mod, scores)
+    check_reads(score_mod, "score", shape, query.device, None if mask is None else mask.element_mod, scores)
 
 
 def _in_lists(mask: BlockMask | None) -> bool:

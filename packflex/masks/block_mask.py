@@ -107,10 +107,8 @@ class BlockMask:
                 f"kv_intervals are for {kv_intervals.shape[1]} rows and q_intervals for {q_intervals.shape[1]}"
             )
 
-        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return (kv_idx >= kv_intervals[0][b, q_idx]) & (kv_idx < kv_intervals[1][b, q_idx])
-
         lengths = (kv_intervals.shape[2], q_intervals.shape[2])
+        mask_mod = _interval_mod(kv_intervals)
         return BlockMask(lengths, _tile_pair(BLOCK_SIZE), mask_mod, kv_intervals, q_intervals, long_spans=long_spans)
 
     @staticmethod
@@ -171,6 +169,11 @@ class BlockMask:
         )
 
     # Shape
+
+    @property
+    def element_mod(self) -> MaskMod:
+        """The mask of single elements, of any row of a batch also where the mask is one for all."""
+        return self.mask_mod if self.kv_intervals is None else _interval_mod(self.kv_intervals)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -330,6 +333,23 @@ class BlockMask:
             f"BlockMask(shape={self.shape}, {form}, BLOCK_SIZE={self.BLOCK_SIZE}, sparsity={self.sparsity():.2f}%, "
             f"{self.device})\n{self.to_string()}"
         )
+
+
+def _interval_mod(kv_intervals: Tensor) -> MaskMod:
+    """The mask of single elements under intervals; those of one row hold for every row of a batch."""
+    lo, hi = kv_intervals[0], kv_intervals[1]
+    if kv_intervals.shape[1] == 1:
+        lo, hi = lo[0], hi[0]
+
+        def row_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return (kv_idx >= lo[q_idx]) & (kv_idx < hi[q_idx])
+
+        return row_mask
+
+    def interval_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (kv_idx >= lo[b, q_idx]) & (kv_idx < hi[b, q_idx])
+
+    return interval_mask
 
 
 def lists_of_tiles(partial: Tensor, full: Tensor) -> BlockLists:

@@ -22,6 +22,7 @@ def create_block_mask(
     KV_LEN: int,
     device: torch.device | str = "cuda",
     BLOCK_SIZE: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
+    _compile: bool | None = None,
     *,
     check_bounds: bool = False,
 ) -> BlockMask:
@@ -41,6 +42,7 @@ def create_block_mask(
         KV_LEN: keys.
         device: where the mask lives, as the tensors that `mask_mod` reads must.
         BLOCK_SIZE: rows and columns of a tile.
+        _compile: torch's, and without a meaning here: nothing is left to compile.
         check_bounds: first evaluate every read of captured tensors and raise for one past the end, which a kernel would
             read unnoticed; takes time with Q_LEN x KV_LEN, for debugging.
 

@@ -22,7 +22,7 @@ from packflex.mods import source
 from packflex.mods.errors import short_name
 from packflex.mods.lifted import PROGRAMS, Lifted
 from packflex.mods.nodes import Node, ordered
-from packflex.mods.printer import Printer, arguments, device_imports
+from packflex.mods.printer import TYPES, Printer, arguments, device_imports
 
 # Tiles of one program: few where programs are few, so that those beside the diagonal do not end last
 _CHUNK, _LONG_CHUNK, _LONG = 4, 16, 2048
@@ -212,16 +212,32 @@ def _block(lines: list, indent: int) -> str:
 
 
 class _Bounds:
-    """Statements that bound each node over a tile: `lo` and `hi` of integers, `sure` and `never` of bools."""
+    """Statements that bound each node over a tile: `lo` and `hi` of integers, `sure` and `never` of bools.
+
+    Arithmetic wraps around where it leaves a type's range, and so may a bound: `possible` has what an integer node can
+    be by its form, and where that is more than its type holds, the bound is made in 64 bits and looked at.
+    """
 
     def __init__(self, printer: Printer) -> None:
         self.printer = printer
         self.known: dict[int, tuple[str, str] | None] = {}
+        self.possible: dict[int, tuple[int, int]] = {}
+
+    def note_possible(self, node: Node) -> bool:
+        """Fill in `possible`; whether the node's arithmetic may wrap around."""
+        if node.is_float or node.dtype == torch.bool:
+            return False
+        limits = torch.iinfo(node.dtype)
+        found = _possible(node, [self.possible.get(id(arg)) for arg in node.args])
+        fits = found is None or (limits.min <= found[0] and found[1] <= limits.max)
+        self.possible[id(node)] = found if found is not None and fits else (limits.min, limits.max)
+        return not fits
 
     def of_vectors(self, roots: list[Node], axis: str) -> list[str]:
         """Bounds of what varies with `axis` alone and is used together with the other."""
         lines = []
         for node in ordered(roots):
+            self.note_possible(node)
             if axis in node.deps and node.deps <= {"b", "h", axis} and id(node) not in self.known and not node.is_float:
                 name = f"r{len(self.known)}"
                 text = self.printer.text(node)
@@ -254,13 +270,52 @@ class _Bounds:
             text = self.printer.text(node)
             return (f"({text})", f"({text} == 0)") if node.dtype == torch.bool else (text, text)
         args = [self.known[id(arg)] for arg in node.args]
+        wraps = self.note_possible(node)
+        if wraps:
+            if node.dtype == torch.int64:
+                return None
+            args = [pair and (f"tl.cast({pair[0]}, tl.int64)", f"tl.cast({pair[1]}, tl.int64)") for pair in args]
         name = f"r{len(self.known)}"
         pair = _decided(node, args) if node.dtype == torch.bool else _ranged(node, args, self)
         if pair is None:
             return None
+        if wraps:
+            limits, kind = torch.iinfo(node.dtype), TYPES[node.dtype]
+            fits = f"({pair[0]} >= {limits.min}) & ({pair[1]} <= {limits.max})"
+            ends = zip(pair, (limits.min, limits.max), strict=True)
+            pair = tuple(f"tl.where({fits}, {end}, {limit}).to({kind})" for end, limit in ends)  # type: ignore[assignment]
         first, second = ("t", "f") if node.dtype == torch.bool else ("l", "h")
         lines += [f"{name}{first} = {pair[0]}", f"{name}{second} = {pair[1]}"]
         return f"{name}{first}", f"{name}{second}"
+
+
+def _possible(node: Node, args: list) -> tuple[int, int] | None:
+    """The least and greatest that an integer node can be without wrapping around; None for all that its type holds."""
+    if node.op == "input":
+        return 0, 2**31 - 1
+    if node.op == "constant":
+        return int(node.value), int(node.value)
+    if any(x is None for x in args):
+        return None
+    if node.op in ("add", "sub"):
+        (al, ah), (bl, bh) = args
+        return (al + bl, ah + bh) if node.op == "add" else (al - bh, ah - bl)
+    if node.op == "mul":
+        products = [x * y for x in args[0] for y in args[1]]
+        return min(products), max(products)
+    if node.op in ("neg", "abs"):
+        low, high = args[0]
+        return (-high, -low) if node.op == "neg" else (max(low, -high, 0), max(-low, high))
+    if node.op in ("max", "min"):
+        (al, ah), (bl, bh) = args
+        pick = max if node.op == "max" else min
+        return pick(al, bl), pick(ah, bh)
+    if node.op == "where":
+        (al, ah), (bl, bh) = args[1:]
+        return min(al, bl), max(ah, bh)
+    if node.op in ("cast", "divided_by"):
+        return args[0]
+    return None
 
 
 def _decided(node: Node, args: list) -> tuple[str, str] | None:

@@ -144,7 +144,7 @@ def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> N
     if name in _ROUNDING:
         x = env[arguments[0]]
         if name == "round" and (arguments[1:] or options.get("decimals")):
-            raise NotImplementedError("round(decimals=...) has no kernel form")
+            raise NotImplementedError("round(decimals=n) has no kernel form; write torch.round(x * 10**n) / 10**n")
         return make(name, x) if x.is_float else x
     if name in _COMPARE:
         of = common(*arguments[:2])
@@ -208,7 +208,7 @@ def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> N
         return make("sign" if name == "sgn" else name, env[arguments[0]])
     if name in ("isnan", "isinf"):
         return make(name, given(arguments[0], FLOAT))
-    raise NotImplementedError(f"{name} has no kernel form")
+    raise NotImplementedError(f"{name} has no kernel form; docs/masks.md lists the functions that have")
 
 
 def _fill(name: str, arguments: list[Any], options: Any, builder: Builder, dtype: torch.dtype, env: Any) -> Node:

@@ -119,7 +119,8 @@ def index_divided_by(x, magic, shift):
 @triton.jit
 def in_range(x, low, end):
     """Whether an int32 is from `low` up to and not including `end`, which is no less."""
-    return (x - low).to(tl.uint32, bitcast=True) < (end - low).to(tl.uint32, bitcast=True)
+    far, most = tl.cast(x - low, tl.int32), tl.cast(end - low, tl.int32)
+    return far.to(tl.uint32, bitcast=True) < most.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -135,7 +136,7 @@ def _in_range_or(x, at, low, end, HIDDEN: tl.constexpr, left=None, right=None):
             + other
             + ", p; }",
             "=f,f,r,r,r",
-            [x, at, low, end - low],
+            [x, at, tl.cast(low, tl.int32), tl.cast(end - low, tl.int32)],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
@@ -145,7 +146,7 @@ def _in_range_or(x, at, low, end, HIDDEN: tl.constexpr, left=None, right=None):
             "{ .reg .pred p; .reg .u32 far; sub.u32 far, $2, $3; setp.eq.s32 p, $5, $6; "
             "setp.lt.and.u32 p, far, $4, p; selp.f32 $0, $1, " + other + ", p; }",
             "=f,f,r,r,r,r,r",
-            [x, at, low, end - low, left, right],
+            [x, at, tl.cast(low, tl.int32), tl.cast(end - low, tl.int32), left, right],
             dtype=tl.float32,
             is_pure=True,
             pack=1,

@@ -25,6 +25,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+_SMALL = {torch.int32, torch.int16, torch.int8, torch.uint8}
+
+
 class OutOfBoundsError(Exception):
     """A read past the end: its `node`, the `axis`, the `index` there, the axis's `size`, and at which element."""
 
@@ -62,6 +65,7 @@ def evaluate(
     """
     roots = list(roots)
     values: dict[int, Any] = {}
+    wide: set[int] = set()  # what holds a number that its type does not, as `q_idx - kv_idx < sys.maxsize` may
     device = next(iter(inputs.values())).device
     for node in ordered(roots):
         kind = dtype if node.is_float else node.dtype
@@ -70,6 +74,9 @@ def evaluate(
             values[id(node)] = inputs[node.value]
         elif node.op in ("constant", "scalar"):
             number = node.value if node.op == "constant" else numbers[node.value]
+            if kind in _SMALL and not torch.iinfo(kind).min <= number <= torch.iinfo(kind).max:
+                kind = torch.int64
+                wide.add(id(node))
             values[id(node)] = torch.full((), number, dtype=kind, device=device)  # no copy from the host, which syncs
         elif node.op == "read":
             table = captures[node.value]
@@ -78,6 +85,9 @@ def evaluate(
         elif node.op == "cast":
             values[id(node)] = args[0] != 0 if kind == torch.bool else args[0].to(kind)
         else:
+            if any(id(arg) in wide for arg in node.args):
+                args = [x.long() if x.dtype in _SMALL else x for x in args]
+                wide.add(id(node))
             values[id(node)] = _FUNCTIONS.get(node.op, getattr(torch, node.op, None))(*args)  # type: ignore[misc]
     return [values[id(root)] for root in roots]
 

@@ -122,7 +122,9 @@ class _Recipe:
 
     @staticmethod
     def of(traced: Traced, fingerprint: Fingerprint) -> _Recipe | None:
-        """None where the trace used a tensor that the fingerprint has not seen, and that may be another next time."""
+        """None where it used a value, or a tensor that the fingerprint has not seen: it may be another next time."""
+        if not traced.lasting:
+            return None
         places: dict[int, _Place] = {id(x): _Place("reached", i) for i, x in enumerate(fingerprint.tensors)}
         tape = []
         for number, entry in enumerate(traced.tape):

@@ -39,6 +39,8 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 _SETTERS = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__",
             "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "set_", "resize_"}  # fmt: skip
+_OF_KIND = {"size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "__len__", "get_device", "type",
+            "__hash__", "result_type", "broadcast_shapes"}  # fmt: skip
 _MAKERS = {torch.tensor, torch.as_tensor, torch.scalar_tensor}
 _ON_THE_HOST = (
     "a Python `if`, `and`, `or`, `not`, int(), float() or .item() on an index or a score, whose value is known only "
@@ -62,12 +64,14 @@ class Traced:
     """A program with what it captured when it was traced.
 
     `held` are the slots of scalars that are the values of 0-d tensors on the host, whose value is read at each launch.
+    The trace is not `lasting` where the mod itself read a value, as `.item()` and `if flag` do: another may be there.
     """
 
     program: Program
     captures: list[Tensor]
     held: dict[int, Tensor]
     tape: list[TapeEntry] = field(default_factory=list)
+    lasting: bool = True
 
 
 def trace(mod: Callable[..., Any], kind: str, device: torch.device, hold_numbers: bool = True) -> Traced:
@@ -87,7 +91,7 @@ def trace(mod: Callable[..., Any], kind: str, device: torch.device, hold_numbers
     graph = _record(mod, kind, device, recorder)
     first = _FirstGraph(graph, mod, kind, device, hold_numbers)
     program, held = _second_pass(first, mod, kind)
-    return Traced(program, first.captures, held, recorder.tape)
+    return Traced(program, first.captures, held, recorder.tape, not recorder.read_values)
 
 
 # First pass
@@ -118,6 +122,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.mod = mod
         self.tape: list[TapeEntry] = []
+        self.read_values = False  # of captured tensors, on the host
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -130,7 +135,7 @@ class _Recorder(TorchFunctionMode):
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         traced = any(isinstance(tensor, FakeTensor) for tensor in tensors)
         name = getattr(func, "__name__", "")
-        writes = name in _SETTERS or (name.endswith("_") and not name.startswith("_"))
+        writes = name in _SETTERS or (name.endswith("_") and not name.startswith("_")) or kwargs.get("inplace") is True
         if (writes and tensors and (not isinstance(tensors[0], FakeTensor) or name == "__setitem__")) or (
             kwargs.get("out") is not None
         ):
@@ -146,10 +151,21 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def _for_real(self, func: Any, args: Any, kwargs: Any) -> Any:
+        given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        versions = [x._version for x in given if not x.is_inference()]
         with _disable_current_modes(), torch.enable_grad() if _wants_grad() else torch.no_grad():
             result = func(*args, **kwargs)
-        if isinstance(result, Tensor | tuple | list):
+        if versions != [x._version for x in given if not x.is_inference()]:
+            name = getattr(func, "__name__", "an operation")
+            raise ModError(
+                f"{_at(_user_line(), self.mod)}: {name} has changed a captured tensor in place; a mod only reads: "
+                "compute a new value instead"
+            )
+        made = torch.utils._pytree.tree_leaves(result)
+        if any(isinstance(x, Tensor) for x in made):
             self.tape.append(TapeEntry(func, args, kwargs, result))
+        if given and any(not isinstance(x, Tensor) for x in made) and not _tells_kind(func):
+            self.read_values = True
         return result
 
     def _read(self, table: Tensor, index: Any) -> Any:
@@ -180,6 +196,12 @@ class _Recorder(TorchFunctionMode):
                     f"{tuple(item.shape)}; indices are single integers: convert with .int(), or use torch.where"
                 )
         return aten.index.Tensor(table, kept)
+
+
+def _tells_kind(func: Any) -> bool:
+    """Whether a function tells of a tensor what is the same for all of its kind, and no value."""
+    name = getattr(func, "__name__", "")
+    return name == "__get__" or name in _OF_KIND or name.startswith("is_")
 
 
 _grad_wanted = [False]

@@ -119,3 +119,58 @@ def test_a_table_on_another_device_is_an_error():
 
     with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="is on meta, query on cpu: move it with"):
         run(q, k, v)
+
+
+def test_changed_lengths_and_numbers_stop_compiling():
+    """One graph for the first length and number, one for all others."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    table = torch.randn(HEADS, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def attend(q, mask, factor, backend):
+        def mod(score, b, h, q_idx, kv_idx):
+            return score * factor + table[h, (q_idx - kv_idx).abs()]
+
+        return flex_attention(q, q, q, score_mod=mod, block_mask=mask, backend=backend)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for step, (batch, length) in enumerate([(1, 40), (2, 48), (3, 56), (2, 40)]):
+        q = torch.randn(batch, HEADS, length, 16, generator=torch.Generator().manual_seed(step)).requires_grad_()
+        mask = document_mask(PackedLayout.from_lengths([[17, length - 17]] * batch, length))
+        factor = 1.0 + step / 3
+        ours, exact = compiled(q, mask, factor, "triton"), attend(q, mask, factor, "reference")
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+        grads = [torch.autograd.grad(x.sin().sum(), (q, table)) for x in (ours, exact)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 3
+    before = counter.frame_count
+    for step in range(12):
+        compiled(q, mask, 0.1 + step / 7, "triton")
+    assert counter.frame_count == before
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_learned_tables_compile_without_a_gpu_too(compiler):
+    torch._dynamo.reset()
+    model = Attention()
+    fused = inputs()
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    for mask in (MASKS["lists"], MASKS["intervals"]):
+        ours, exact = compiled(fused, mask, None), model(fused, mask, None)
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-4)
+        grads = [torch.autograd.grad(x, (fused, *model.parameters()), retain_graph=True) for x in (ours, exact)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_a_learned_mask_compiles():
+    torch._dynamo.reset()
+    spans = torch.tensor([3.0, 9.0, 20.0, 40.0], requires_grad=True)
+    mask = create_block_mask(lambda b, h, q, kv: (q >= kv) & (q - kv < spans[h] + 1), None, HEADS, S, S, "cpu", 16)
+    q = torch.randn(1, HEADS, S, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def attend(q, backend):
+        return flex_attention(q, q, q, score_mod=lambda s, b, h, i, j: s * spans[h], block_mask=mask, backend=backend)
+
+    ours = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, "triton")
+    found = [torch.autograd.grad(x.sin().sum(), (q, spans)) for x in (ours, attend(q, "reference"))]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)

@@ -118,3 +118,30 @@ def _reversed(counts, indices):
         row = flipped.view(-1, flipped.shape[-1])[place]
         row[:count] = row[:count].flip(0)
     return flipped
+
+
+def test_a_mask_may_read_what_the_score_learns():
+    """Under an evaluated mask, which is true or false and sends no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 16, generator=generator, requires_grad=True) for _ in range(3))
+    spans = torch.tensor([3.0, -2.0], requires_grad=True)
+    mask = create_block_mask(lambda b, h, i, j: (i - j < spans[h] + 5) & (i >= j), None, 2, 64, 64, "cpu", 16)
+    for mod in (None, lambda s, b, h, i, j: s * torch.sigmoid(spans[h])):
+        wanted = (q, k, v) if mod is None else (q, k, v, spans)
+        outs = [flex_attention(q, k, v, score_mod=mod, block_mask=mask, backend=x) for x in ("triton", "reference")]
+        found = [torch.autograd.grad(out.sin().sum(), wanted) for out in outs]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+        assert found[0][-1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_that_turn_scores_around(scale):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 50, 16, generator=generator, requires_grad=True) for _ in range(3))
+    for mod in (masks.dilated_window(5, 3), lambda b, h, i, j: (i >= j) & (j % 3 != 1)):
+        mask = create_block_mask(mod, None, None, 50, 50, "cpu", 16)
+        outs = [flex_attention(q, k, v, block_mask=mask, scale=scale, backend=x) for x in ("triton", "reference")]
+        torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(out.sin().sum(), (q, k, v)) for out in outs), rtol=1e-4, atol=1e-5
+        )

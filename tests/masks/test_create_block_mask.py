@@ -1,6 +1,7 @@
 """`create_block_mask` of any mask: block for block torch's, on the host and by the tile kernel in the interpreter."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask as torch_create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
-from packflex import BlockMask, create_block_mask, flex_attention
+from packflex import BlockMask, PackedLayout, create_block_mask, document_mask, flex_attention, masks
 from packflex.masks.block_mask import BlockLists
 from packflex.masks.tile_kernel import launch_tile_lists
 from packflex.mods.lifted import lift
@@ -242,7 +243,65 @@ def test_random_intervals(mask_mod, q_len, kv_len, tile):
     assert_lists_are(mask, dense)
 
 
+IDS32 = torch.tensor([-2_000_000_000, 2_000_000_000], dtype=torch.int32)[torch.arange(150) // 16 % 2]
+IDS8 = (torch.arange(150) // 25).to(torch.uint8)
+WRAPPING = {
+    "difference": lambda b, h, q, kv: (IDS32[q] - IDS32[kv]) == 0,
+    "sum": lambda b, h, q, kv: (IDS32[q] + IDS32[kv]) < 0,
+    "product": lambda b, h, q, kv: (IDS32[q] * IDS32[kv]) > 0,
+    "bytes": lambda b, h, q, kv: (IDS8[q] - IDS8[kv]) == 255,
+    "negative": lambda b, h, q, kv: (-IDS8[q] + 0 * kv) > 200,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPING)
+def test_numbers_that_wrap_around_hide_no_tile(name):
+    shape = (1, 1, 150, 150)
+    dense = WRAPPING[name](*(x.int() for x in index_grids(shape))).expand(shape)
+    assert dense.any()
+    assert_lists_are(create_block_mask(WRAPPING[name], *shape, "cpu", 32), dense)
+    assert_lists_are(by_tile_kernel(WRAPPING[name], shape, (32, 32)), dense)
+
+
+@pytest.mark.parametrize("number", [sys.maxsize, 2**40, 2**31])
+def test_numbers_beyond_32_bits(number):
+    shape = (1, 1, 60, 60)
+
+    def window(b, h, q_idx, kv_idx):
+        return (q_idx >= kv_idx) & (q_idx - kv_idx < number)
+
+    def strided(b, h, q_idx, kv_idx):
+        return window(b, h, q_idx, kv_idx) & ((q_idx - kv_idx) % 3 == 0)
+
+    for mod in (window, strided):
+        dense = mod(*index_grids(shape)).expand(shape)
+        assert_lists_are(create_block_mask(mod, *shape, "cpu", 16), dense)
+        assert_lists_are(by_tile_kernel(mod, shape, (16, 16)), dense)
+
+
 # With torch's op
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize(
+    "make", [document_mask, lambda x: create_block_mask(masks.document(x), 1, None, 40, 40, "cpu")]
+)
+def test_a_mask_of_one_row_serves_a_batch(make):
+    layout = PackedLayout.from_lengths([[17, 20]], 40)
+    mask = make(layout)
+    q = torch.randn(3, 2, 40, 16, generator=torch.Generator().manual_seed(0))
+    for score_mod in (None, lambda s, b, h, q, kv: s * (b + 1)):
+        whole = flex_attention(q, q, q, score_mod=score_mod, block_mask=mask)
+        for row in range(3):
+            one = q[row : row + 1]
+            factor = None if score_mod is None else row + 1
+            alone = flex_attention(
+                one, one, one, block_mask=mask, score_mod=factor and (lambda s, b, h, q, kv, f=factor: s * f)
+            )
+            torch.testing.assert_close(whole[row : row + 1], alone)
+    if make is document_mask:
+        theirs = torch_flex(q, q, q, block_mask=mask.to_torch())[:, :, :37]
+        torch.testing.assert_close(flex_attention(q, q, q, block_mask=mask)[:, :, :37], theirs)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")

@@ -111,6 +111,10 @@ def add_(score, b, h, q_idx, kv_idx):
     return score
 
 
+def rectifies(score, b, h, q_idx, kv_idx):
+    return score + torch.nn.functional.relu(floats, inplace=True)[kv_idx]  # here
+
+
 def adds_to_a_view(score, b, h, q_idx, kv_idx):
     floats[1:].mul_(2)  # here
     return score
@@ -262,6 +266,7 @@ BAD = [
     (adds_to_an_element, "changes a captured tensor in place", READS),
     (adds_in_place, "add changes a captured tensor in place", READS),
     (add_, "add changes a captured tensor in place", READS),
+    (rectifies, "relu changes a captured tensor in place", READS),
     (adds_to_a_view, "mul changes a captured tensor in place", READS),
     (zeroes, "zero changes a captured tensor in place", READS),
     (copies, "copy changes a captured tensor in place", READS),
@@ -281,7 +286,7 @@ BAD = [
     (adds_a_row, "add is not pointwise", ELEMENT),
     (adds_a_table, "add is not pointwise", ELEMENT),
     (makes_a_vector, "makes a tensor of shape (3,)", NUMBERS),
-    (special_function, "i0 has no kernel form", ""),
+    (special_function, "i0 has no kernel form", "docs/masks.md lists"),
     (integer_power, "an integer power of an integer has no kernel form", "use floats"),
     (without_grad, "torch.no_grad()", "write .detach() on what gets no gradient"),
     (another_device, "a captured tensor of shape (6,) is on meta, query on cpu", "move it with .to('cpu')"),

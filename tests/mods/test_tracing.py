@@ -537,6 +537,42 @@ def test_a_remembered_trace_keeps_no_tensor_alive():
     assert [ref() for ref in gone] == [None] * 4
 
 
+NUMBER = torch.tensor(2.0)
+ROW = torch.full((3,), 2.0)
+FLAG = torch.tensor(True)
+READERS = {
+    "item": (NUMBER, lambda s, b, h, q, kv: s * NUMBER.item()),
+    "float": (NUMBER, lambda s, b, h, q, kv: s * float(NUMBER)),
+    "element": (ROW, lambda s, b, h, q, kv: s * float(ROW[1])),
+    "list": (ROW, lambda s, b, h, q, kv: s * ROW.tolist()[1]),
+    "numpy": (ROW, lambda s, b, h, q, kv: s * float(ROW.numpy()[1])),
+    "flag": (FLAG, lambda s, b, h, q, kv: s * 2 if FLAG else s * -1),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_value_that_the_mod_reads_itself_is_seen_to_change(reader):
+    tensor, mod = READERS[reader]
+    before = tensor.clone()
+    try:
+        assert relative_error(attend(mod), expected(lambda s, b, h, q, kv: 2 * s)) < 3e-6
+        tensor.fill_(False if tensor.dtype == torch.bool else -1)
+        assert relative_error(attend(mod), expected(lambda s, b, h, q, kv: -s)) < 3e-6
+    finally:
+        tensor.copy_(before)
+
+
+def test_sizes_and_kinds_are_no_values(traces):
+    table = torch.zeros(S)
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score * len(table) * table.shape[0] * table.dim() if table.is_floating_point() else score
+
+    for _ in range(3):
+        key(mod)
+    assert len(traces) == 1
+
+
 def test_a_tensor_that_the_walk_did_not_see_is_never_remembered(traces, monkeypatch):
     """Whatever way a mod found to a tensor, another call may find another there."""
     tables = iter([torch.full((S,), 2.0), torch.full((S,), -1.0)])

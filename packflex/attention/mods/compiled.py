@@ -213,9 +213,11 @@ class _Recorded:
             value = self._value(node)
             if isinstance(value, Tensor):
                 actual[node] = _placed(value, device, kind)
-            elif isinstance(value, torch.SymInt | torch.SymFloat):  # a number that changes between calls
-                dtype = torch.float32 if isinstance(value, torch.SymFloat) else torch.int64
-                actual[node] = torch.scalar_tensor(value, dtype=dtype, device=device)  # type: ignore[arg-type]
+            elif isinstance(value, torch.SymInt):  # a number that changes between calls
+                actual[node] = torch.scalar_tensor(value, dtype=torch.int64, device=device)  # type: ignore[arg-type]
+            elif isinstance(value, torch.SymFloat):
+                # by a product: torch makes tensors of the floats in arithmetic, and constants of all others
+                actual[node] = torch.ones((), dtype=torch.float32, device=device) * value  # type: ignore[operator]
         with _disable_current_modes(), torch._guards.tracing(None):  # a trace of its own inside AOTAutograd's
             stand_ins = {node: _stand_in(tensor) for node, tensor in actual.items()}
             inputs = self.inputs if kind == "score" else self.inputs[1:]
@@ -257,6 +259,8 @@ class _Recorded:
 
 
 def _placed(tensor: Tensor, device: torch.device, kind: str) -> Tensor:
+    if kind == "mask":  # true or false, and without a gradient
+        tensor = tensor.detach()
     if tensor.device == device:
         return _contiguous_if_learned(tensor)
     if tensor.dim() == 0 and tensor.device.type == "cpu":

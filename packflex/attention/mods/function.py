@@ -58,7 +58,7 @@ def attention_with_mods(
     floats: list[float] = []
     for lifted in (masked, scored):
         if lifted is not None:
-            captures += _on_device(lifted, q)
+            captures += _on_device(lifted, q, learned=lifted is scored)
             for scalar, number in zip(lifted.program.scalars, lifted.numbers, strict=True):
                 (floats if scalar.role == "float" else ints).append(number)  # type: ignore[arg-type]
     out, lse = mod_attention(
@@ -68,11 +68,14 @@ def attention_with_mods(
     return out, lse
 
 
-def _on_device(lifted: Lifted, q: Tensor) -> list[Tensor]:
-    """Captured tensors as the kernels take them: on the device, contiguous where they get a gradient."""
+def _on_device(lifted: Lifted, q: Tensor, learned: bool) -> list[Tensor]:
+    """Captured tensors as the kernels take them: on the device, contiguous where they get a gradient.
+
+    A mask is true or false, and sends none.
+    """
     captures = []
     for slot, tensor in enumerate(lifted.captures):
-        if tensor.requires_grad and not torch.is_grad_enabled():
+        if tensor.requires_grad and not (learned and torch.is_grad_enabled()):
             tensor = tensor.detach()
         if tensor.device != q.device:
             tensor = tensor.to(q.device)  # a 0-d tensor; the tracer refuses others

@@ -251,6 +251,8 @@ def _times_log2_e(node: Node, builder: Builder) -> Node:
             first, second = second, first
         if not first.is_full:
             return builder.make("mul", (_times_log2_e(first, builder), second), node.dtype, where=node.where)
+    if node.op == "log":
+        return builder.make("log2", node.args, node.dtype, where=node.where)
     if node.is_full and node.op == "neg":
         return builder.make("neg", (_times_log2_e(node.args[0], builder),), node.dtype, where=node.where)
     return builder.make("mul", (node, builder.constant(LOG2_E, node.dtype)), node.dtype, where=node.where)

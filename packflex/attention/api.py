@@ -86,7 +86,7 @@ def flex_attention(
         raise ValueError(f"softcap must be above 0, or None for no cap; got {softcap}")
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     want_lse = return_lse or _wants_lse(return_aux)
-    backend = _choose_backend(backend, query, key, value, mask, score_mod, scale, kernel_options)
+    backend = _choose_backend(backend, query, key, value, mask, score_mod, scale, softcap, kernel_options)
     if kernel_options and backend not in ("triton", "hopper"):
         raise ValueError(f'kernel_options are tiles of the Triton kernels; the backend here is "{backend}"')
     if deterministic and backend == "torch" and score_mod is not None:
@@ -102,26 +102,17 @@ def flex_attention(
         from packflex.attention.torch_flex import torch_flex_attention
 
         out, lse = torch_flex_attention(query, key, value, mask, score_mod, sinks, scale, cap, want_lse)
-    elif backend == "triton" and not _intervals_only(mask, score_mod):
+    elif backend in ("triton", "hopper") and not _intervals_only(mask, score_mod):
         from packflex.attention.mods.function import attention_with_mods
-        from packflex.attention.triton.tiles import tile_list
 
         out, lse = attention_with_mods(
             query, key, value, mask, None if _in_lists(mask) else _intervals(mask, query, key), score_mod, sinks, scale,
-            cap, tile_list(kernel_options), _long(mask, key), _fixed(deterministic),
+            cap, _tile_list(backend, kernel_options), _long(mask, key), _fixed(deterministic), backend,
         )  # fmt: skip
     elif _intervals_only(mask, score_mod):
         kv_intervals, q_intervals = _intervals(mask, query, key)
         long = _long(mask, key)
-        tiles: list[int] = []
-        if backend == "triton":
-            from packflex.attention.triton.tiles import tile_list
-
-            tiles = tile_list(kernel_options)
-        elif backend == "hopper":
-            from packflex.attention.hopper.tiles import tile_list as hopper_tile_list
-
-            tiles = hopper_tile_list(kernel_options)
+        tiles = _tile_list(backend, kernel_options)
         out, lse = ops.attention(
             query, key, value, kv_intervals, q_intervals, sinks, scale, cap, backend, tiles, long, _fixed(deterministic)
         )
@@ -134,6 +125,18 @@ def flex_attention(
 
         return out, AuxOutput(lse=lse if return_aux.lse else None)
     return (out, lse) if return_lse else out
+
+
+def _tile_list(backend: str, kernel_options: dict[str, int] | None) -> list[int]:
+    if backend == "triton":
+        from packflex.attention.triton.tiles import tile_list
+
+        return tile_list(kernel_options)
+    if backend == "hopper":
+        from packflex.attention.hopper.tiles import tile_list as hopper_tile_list
+
+        return hopper_tile_list(kernel_options)
+    return []
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, enable_gqa: bool) -> None:
@@ -211,25 +214,27 @@ def _choose_backend(
     mask: BlockMask | None,
     score_mod: ScoreMod | None,
     scale: float,
+    softcap: float | None,
     kernel_options: dict[str, int] | None,
 ) -> str:
     """The backend to run: the named one if it can, otherwise the best for the device and case."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None; got {backend!r}")
-    intervals_only = _intervals_only(mask, score_mod)
-    if backend == "hopper" and not intervals_only:
-        what = "a score_mod" if score_mod is not None else "a mask_mod (it takes masks of document_mask)"
-        raise NotImplementedError(f'backend="hopper" does not run {what} yet; use backend="triton"')
-    if backend == "hopper" and (why := support.refusal(query, key, value, scale)):
+    unfit = None
+    if _in_lists(mask):
+        unfit = "it takes masks that are intervals (document_mask, or a mask_mod that create_block_mask recognises)"
+    elif score_mod is not None and softcap is not None:
+        unfit = "it takes no score_mod together with a softcap"
+    if backend == "hopper" and (why := unfit or support.refusal(query, key, value, scale)):
         raise NotImplementedError(f'backend="hopper" cannot run this: {why}; use backend="triton" or "reference"')
     if backend is not None:
         return backend
     if query.device.type != "cuda" or query.dtype == torch.float64:
         return "reference"
-    if not intervals_only:
-        return "triton"
     # kernel_options without a backend have always meant the portable kernels' tiles
-    return "triton" if kernel_options or support.refusal(query, key, value, scale) else "hopper"
+    if unfit or kernel_options or support.refusal(query, key, value, scale):
+        return "triton"
+    return "hopper"
 
 
 def _check_bounds(query: Tensor, key: Tensor, mask: BlockMask | None, score_mod: ScoreMod | None, scale: float) -> None:

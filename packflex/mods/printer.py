@@ -74,6 +74,10 @@ class Printer:
         self.inputs: dict[str, str] = {}  # other names for inputs, where a kernel's part has its own
         self._printed = 0
 
+    def skip(self, count: int) -> None:
+        """Give no name to come one of the first `count`, which another printer has given."""
+        self._printed = max(self._printed, count)
+
     def parameters(self) -> list[str]:
         """The kernel's parameters for the captured tensors and scalars, in the order of `arguments`."""
         names = [f"{self.prefix}c{slot}" for slot in range(len(self.program.layouts))]

@@ -7,6 +7,7 @@ One function makes one case. Names of the indices are short here: `q` and `kv` f
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -838,3 +839,16 @@ def _mask_of_another_library(m):
         return BlockMask.from_kv_blocks(*lists, 32, lambda b, h, q, kv: q + 20 >= kv, (m.q_len, m.kv_len))
 
     return Mods(lambda score, b, h, q, kv: score + bias[h, kv], None, {"bias": bias}, blocks, seen=causal)
+
+
+def larger(case: ModCase) -> ModCase:
+    """The case at awkward lengths of several default tiles, with packed rows whose tails are empty."""
+    _, _, q_len, kv_len = case.shape
+    lengths = {63: 301, 37: 197, 1: 1}
+    return dataclasses.replace(
+        case,
+        rows=((3, 110, 63), (111,), ()) if q_len > 1 else ((1,), (), ()),
+        q_len=lengths.get(q_len, 333),
+        kv_len=None if kv_len == q_len else {63: 301, 111: 1111}.get(kv_len, 417),
+        head_dim=64,
+    )

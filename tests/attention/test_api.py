@@ -58,8 +58,11 @@ def test_a_named_backend_is_used_or_raises():
         ValueError, "'triton', 'torch', 'reference' or None; got 'flash'", q, k, v, backend="flash", enable_gqa=True
     )
     lists = create_block_mask(masks.strided(4), None, None, 32, 32, device="cpu")
-    refused(NotImplementedError, "mask_mod", q, k, v, backend="hopper", block_mask=lists, enable_gqa=True)
-    refused(NotImplementedError, "score_mod", q, k, v, score_mod=lambda s, *i: s, backend="hopper", enable_gqa=True)
+    refused(
+        NotImplementedError, "masks that are intervals", q, k, v, backend="hopper", block_mask=lists, enable_gqa=True
+    )
+    capped = {"score_mod": lambda s, *i: s, "softcap": 2.0, "backend": "hopper", "enable_gqa": True}
+    refused(NotImplementedError, "no score_mod together with a softcap", q, k, v, **capped)
     big = inputs(dim=264)
     refused(NotImplementedError, "up to 256; D is 264", *big, backend="triton", enable_gqa=True)
     refused(NotImplementedError, "float64", *inputs(dtype=torch.float64), backend="triton", enable_gqa=True)

@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex
 from packflex import PackedLayout, create_block_mask, document_mask, flex_attention, masks, score_mods
 from packflex.mods import source
 from packflex.mods.lifted import PROGRAMS
-from packflex.testing.mod_case import Inputs, ModCase, check_mod_case, run_mod_case
-from packflex.testing.mods import mod_cases
+from packflex.testing.mod_case import Inputs, check_mod_case, run_mod_case
+from packflex.testing.mods import larger, mod_cases
 from packflex.testing.tolerances import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -22,19 +22,6 @@ pytestmark = pytest.mark.gpu
 FIELDS = [
     f"{full}{axis}_{what}" for full in ("", "full_") for axis in ("kv", "q") for what in ("num_blocks", "indices")
 ]
-
-
-def larger(case: ModCase) -> ModCase:
-    """The case at awkward lengths of several default tiles, with packed rows whose tails are empty."""
-    _, _, q_len, kv_len = case.shape
-    lengths = {63: 301, 37: 197, 1: 1}
-    return dataclasses.replace(
-        case,
-        rows=((3, 110, 63), (111,), ()) if q_len > 1 else ((1,), (), ()),
-        q_len=lengths.get(q_len, 333),
-        kv_len=None if kv_len == q_len else {63: 301, 111: 1111}.get(kv_len, 417),
-        head_dim=64,
-    )
 
 
 CASES = {case.name: larger(case) for case in mod_cases()}

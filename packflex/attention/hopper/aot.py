@@ -100,6 +100,8 @@ def _compile(
             signature[name] = "constexpr"
         elif name in types:
             signature[name] = types[name]
+        elif name == "mod_args":
+            signature[name] = ("i32",)  # type: ignore[assignment]
         elif name in ("scale", "sm", "cap_in", "cap_out"):
             signature[name] = "fp32"
         elif name in ("KV_LO", "KV_HI", "Q_LO", "Q_HI", "INTERVALS", "PLAN", "records"):

@@ -151,13 +151,15 @@ def _start_scores(q_s, k_s, q_full, c, g: gl.constexpr, D: gl.constexpr, STAGES:
 @gluon.jit
 def _bwd_block(
     dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
-    b_s, c, block, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
+    b_s, c, block, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out, head, place, mod_args,
     g: gl.constexpr, MASK: gl.constexpr, AHEAD: gl.constexpr, NEXT: gl.constexpr, SOFTCAP: gl.constexpr,
+    MOD: gl.constexpr, MOD_GRAD: gl.constexpr,
     HEADS: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr,
     ls: gl.constexpr, ld: gl.constexpr, lh: gl.constexpr, lp: gl.constexpr,
 ):  # fmt: skip
     """One block of 64 rows against this consumer's 64 keys, and its columns of dQ against all the tile's keys.
 
+    `place` is (i_b, key) of the keys, and what the mod computes of them alone; `head` the first head of the block.
     AHEAD: b_s are the block's scores; NEXT: make those of the next one beside this block's last products.
     """
     PARTS: gl.constexpr = D // (CONSUMERS * COLUMNS)
@@ -177,7 +179,13 @@ def _bwd_block(
     lse = gl.expand_dims(lse_s.index(stage).load(columns), 0)
     if not AHEAD:
         b_s = warpgroup_mma_wait(1, deps=[s_t])
-    if SOFTCAP:
+    if MOD is not None:
+        o_c = gl.arange(0, 64, columns)
+        q_head = gl.expand_dims(head + o_c % HEADS, 0)
+        q_at = gl.expand_dims(gl.maximum(pos + o_c // HEADS, 0), 0)
+        b_s = b_s * cap_in
+        b_p = gl.exp2(MOD(b_s, place[0], q_head, q_at, place[1], place[2], mod_args) * sm - lse)
+    elif SOFTCAP:
         b_t = 1 - 2 / (1 + gl.exp2(b_s * cap_in))
         b_p = gl.exp2(b_t * cap_out - lse)
     else:
@@ -190,12 +198,17 @@ def _bwd_block(
             m = (o_m >= block) & (o_m < gl.expand_dims(hi, 1))
         b_p = gl.where(m, b_p, 0.0)
     b_ph = gl.convert_layout(_half(b_p, q_s.dtype), lp)
-    if SOFTCAP:
+    if SOFTCAP and MOD is None:
         b_p = b_p * (1 - b_t * b_t)
     b_dp = warpgroup_mma_wait(0, deps=[dp_t])
     dv_t = warpgroup_mma(b_ph, do, b_dv, is_async=True)
     delta = gl.expand_dims(delta_s.index(stage).load(columns), 0)
-    b_ds = _half(b_p * (b_dp - delta), q_s.dtype)
+    b_ds = b_p * (b_dp - delta)
+    if MOD_GRAD is not None:
+        b_ds = MOD_GRAD(b_ds, b_s, place[0], q_head, q_at, place[1], place[2], mod_args)
+        if MASK > 0:  # a derivative may be infinite where the weight is 0
+            b_ds = gl.where(m, b_ds, 0.0)
+    b_ds = _half(b_ds, q_s.dtype)
     ds_s.index((c % 2) * CONSUMERS + g).store(b_ds)
     fence_async_shared()
     if CONSUMERS > 1:
@@ -250,9 +263,10 @@ def _bwd_idle(
 def _bwd_consumer(
     g: gl.constexpr, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN,
     q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full,
-    scale, sm, cap_in, cap_out,
+    scale, sm, cap_in, cap_out, mod_args,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr,
+    COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr, MOD_COLUMNS: gl.constexpr,
+    MOD_GRAD: gl.constexpr,
 ):  # fmt: skip
     """64 keys of each tile: consumer g of CONSUMERS."""
     PART: gl.constexpr = 64 // HEADS
@@ -303,6 +317,11 @@ def _bwd_consumer(
         m_k = (o_k >= key) & (o_k < end_key)
         lo = gl.load(p_lo + o_k, mask=m_k, other=0)
         hi = gl.load(p_hi + o_k, mask=m_k, other=0)
+        if MOD is not None:
+            key_at = gl.expand_dims(gl.minimum(gl.maximum(o_k, 0), kv_len - 1), 1)
+            place = (i_b, key_at, MOD_COLUMNS(i_b, key_at, mod_args))
+        else:
+            place = (i_b, 0, (0,))
         mbarrier.wait(kv_full, j & 1)
         b_dk = gl.zeros([64, D], gl.float32, ld)
         b_dv = gl.zeros([64, D], gl.float32, ld)
@@ -322,7 +341,9 @@ def _bwd_consumer(
                 b_n, b_dk, b_dv = _bwd_block(
                     dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
                     b_s, base + i, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
-                    g, 2, AHEAD, AHEAD, SOFTCAP, HEADS, D, CONSUMERS, STAGES, COLUMNS, ls, ld, lh, lp,
+                    i_kv * GROUP + u * HEADS, place, mod_args,
+                    g, 2, AHEAD, AHEAD, SOFTCAP, MOD, MOD_GRAD, HEADS, D, CONSUMERS, STAGES, COLUMNS,
+                    ls, ld, lh, lp,
                 )  # fmt: skip
                 if AHEAD:
                     b_s = b_n
@@ -330,7 +351,9 @@ def _bwd_consumer(
                 b_n, b_dk, b_dv = _bwd_block(
                     dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
                     b_s, base + i, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
-                    g, 0, AHEAD, AHEAD, SOFTCAP, HEADS, D, CONSUMERS, STAGES, COLUMNS, ls, ld, lh, lp,
+                    i_kv * GROUP + u * HEADS, place, mod_args,
+                    g, 0, AHEAD, AHEAD, SOFTCAP, MOD, MOD_GRAD, HEADS, D, CONSUMERS, STAGES, COLUMNS,
+                    ls, ld, lh, lp,
                 )  # fmt: skip
                 if AHEAD:
                     b_s = b_n
@@ -338,7 +361,9 @@ def _bwd_consumer(
                 b_n, b_dk, b_dv = _bwd_block(
                     dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
                     b_s, base + i, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
-                    g, 1, AHEAD, AHEAD, SOFTCAP, HEADS, D, CONSUMERS, STAGES, COLUMNS, ls, ld, lh, lp,
+                    i_kv * GROUP + u * HEADS, place, mod_args,
+                    g, 1, AHEAD, AHEAD, SOFTCAP, MOD, MOD_GRAD, HEADS, D, CONSUMERS, STAGES, COLUMNS,
+                    ls, ld, lh, lp,
                 )  # fmt: skip
                 if AHEAD:
                     b_s = b_n
@@ -346,7 +371,9 @@ def _bwd_consumer(
                 _, b_dk, b_dv = _bwd_block(
                     dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
                     b_s, base + stop, first + stop * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
-                    g, 2, AHEAD, False, SOFTCAP, HEADS, D, CONSUMERS, STAGES, COLUMNS, ls, ld, lh, lp,
+                    i_kv * GROUP + u * HEADS, place, mod_args,
+                    g, 2, AHEAD, False, SOFTCAP, MOD, MOD_GRAD, HEADS, D, CONSUMERS, STAGES, COLUMNS,
+                    ls, ld, lh, lp,
                 )  # fmt: skip
             if CONSUMERS > 1:
                 for i in range(end, blocks):
@@ -376,12 +403,16 @@ def _bwd_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize_on_alignment=["Q_LO", "Q_HI", "KV_HI", "PLAN"])
+@gluon.jit(
+    do_not_specialize=["mod_args"],
+    do_not_specialize_on_alignment=["Q_LO", "Q_HI", "KV_HI", "PLAN", "mod_args"],
+)
 def _hopper_bwd_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN,
-    scale, sm, cap_in, cap_out,
+    scale, sm, cap_in, cap_out, mod_args,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, REGISTERS: gl.constexpr,
+    COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr, MOD_COLUMNS: gl.constexpr,
+    MOD_GRAD: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Work items program_id, program_id + num_programs, ...: as many programs as items, or persistent ones.
 
@@ -427,12 +458,12 @@ def _hopper_bwd_kernel(
             (_bwd_consumer, (
                 0, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
                 kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, scale, sm, cap_in, cap_out,
-                HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP,
+                mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD, MOD_COLUMNS, MOD_GRAD,
             )),
             (_bwd_consumer, (
                 1, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
                 kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, scale, sm, cap_in, cap_out,
-                HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP,
+                mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD, MOD_COLUMNS, MOD_GRAD,
             )),
             (_bwd_producer, (
                 q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, PLAN, KV_HI, q_s, do_s, k_s, v_s,
@@ -445,7 +476,7 @@ def _hopper_bwd_kernel(
             (_bwd_consumer, (
                 0, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
                 kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, scale, sm, cap_in, cap_out,
-                HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP,
+                mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD, MOD_COLUMNS, MOD_GRAD,
             )),
             (_bwd_producer, (
                 q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, PLAN, KV_HI, q_s, do_s, k_s, v_s,

@@ -132,11 +132,20 @@ def _skip(
 
 @gluon.jit
 def _scores(
-    s, lo, hi, block, last, cap_in, cap_out,
-    MASK: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_N: gl.constexpr, ls: gl.constexpr,
+    s, lo, hi, block, last, cap_in, cap_out, place, mod_args,
+    MASK: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr, BLOCK_N: gl.constexpr, ls: gl.constexpr,
 ):  # fmt: skip
-    """Softcap and mask. MASK 0: all visible. 1: rows end inside the block. 2: rows start or end inside it."""
-    if SOFTCAP:
+    """Mod, softcap and mask. MASK 0: all visible. 1: rows end inside the block. 2: rows start or end inside it.
+
+    `place` is (i_b, head, query) of the rows, and what the mod computes of them alone; `cap_in` is then the factor on
+    the product that the mod takes.
+    """
+    if MOD is not None:
+        at = gl.minimum(block, last) + gl.arange(0, BLOCK_N, gl.SliceLayout(0, ls))
+        if MASK > 0:  # a block that was moved back before the first key of all holds zeros there
+            at = gl.maximum(at, 0)
+        s = MOD(s * cap_in, place[0], place[1], place[2], gl.expand_dims(at, 0), place[3], mod_args)
+    elif SOFTCAP:
         s = cap_out * (1 - 2 / (1 + gl.exp2(s * cap_in)))
     if MASK > 0:
         key = gl.minimum(block, last)
@@ -153,9 +162,9 @@ def _scores(
 @gluon.jit
 def _step(
     q, k_s, v_s, k_full, k_empty, v_full, v_empty, turn, c, block, last, b_p, b_acc, b_m, b_l, lo, hi,
-    sm, cap_in, cap_out, g: gl.constexpr,
-    MASK: gl.constexpr, SOFTCAP: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    ls: gl.constexpr, lo_: gl.constexpr, lp: gl.constexpr,
+    sm, cap_in, cap_out, place, mod_args, g: gl.constexpr,
+    MASK: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, ls: gl.constexpr, lo_: gl.constexpr, lp: gl.constexpr,
 ):  # fmt: skip
     """Scores of block c in flight beside P V of block c - 1; then the softmax of block c."""
     stage = c % STAGES
@@ -170,7 +179,7 @@ def _step(
     _pass_turn(turn, g, PING_PONG)
     b_s = warpgroup_mma_wait(1, deps=[s_t])
     mbarrier.arrive(k_empty.index(stage), count=1)
-    b_s = _scores(b_s, lo, hi, block, last, cap_in, cap_out, MASK, SOFTCAP, BLOCK_N, ls)
+    b_s = _scores(b_s, lo, hi, block, last, cap_in, cap_out, place, mod_args, MASK, SOFTCAP, MOD, BLOCK_N, ls)
     m_new = gl.maximum(b_m, gl.max(b_s, 1) * sm)
     b_e = gl.exp2(b_s * sm - gl.expand_dims(m_new, 1))
     fade = gl.exp2(b_m - m_new)
@@ -186,9 +195,10 @@ def _step(
 def _consumer(
     g: gl.constexpr, o_desc, LSE, SINKS, KV_LO, KV_HI, records,
     q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
+    stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
     HEADS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, PING_PONG: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
+    Q_STAGES: gl.constexpr, PING_PONG: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr, MOD_ROWS: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile: consumer g of CONSUMERS."""
     PART: gl.constexpr = 64 // HEADS
@@ -244,7 +254,15 @@ def _consumer(
             mbarrier.arrive(q_empty.index(((j + Q_STAGES - 1) % Q_STAGES) * CONSUMERS + g), count=1, pred=j > 0)
         b_s = warpgroup_mma_wait(0, deps=[s_t])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        b_s = _scores(b_s, lo, hi, first + begin * BLOCK_N, last, cap_in, cap_out, 2, SOFTCAP, BLOCK_N, ls)
+        if MOD is not None:
+            row_head = gl.expand_dims(unit * HEADS + o_r % HEADS, 1)
+            row_query = gl.expand_dims(gl.minimum(o_pos, q_len - 1), 1)
+            place = (i_b, row_head, row_query, MOD_ROWS(i_b, row_head, row_query, mod_args))
+        else:
+            place = (i_b, 0, 0, (0,))
+        b_s = _scores(
+            b_s, lo, hi, first + begin * BLOCK_N, last, cap_in, cap_out, place, mod_args, 2, SOFTCAP, MOD, BLOCK_N, ls
+        )  # fmt: skip
         # finite, so that a row without a visible key in its first blocks stays clear of inf - inf
         b_m = gl.maximum(gl.full([64], -1e30, gl.float32, rows), gl.max(b_s, 1) * sm)
         b_e = gl.exp2(b_s * sm - gl.expand_dims(b_m, 1))
@@ -254,17 +272,20 @@ def _consumer(
         for i in range(begin + 1, full_lo):
             b_p, b_acc, b_m, b_l = _step(
                 q, k_s, v_s, k_full, k_empty, v_full, v_empty, turn, base + i, first + i * BLOCK_N, last, b_p, b_acc,
-                b_m, b_l, lo, hi, sm, cap_in, cap_out, g, 2, SOFTCAP, PING_PONG, BLOCK_N, STAGES, ls, lo_, lp,
+                b_m, b_l, lo, hi, sm, cap_in, cap_out, place, mod_args, g, 2, SOFTCAP, MOD, PING_PONG, BLOCK_N,
+                STAGES, ls, lo_, lp,
             )  # fmt: skip
         for i in range(full_lo, full_hi):
             b_p, b_acc, b_m, b_l = _step(
                 q, k_s, v_s, k_full, k_empty, v_full, v_empty, turn, base + i, first + i * BLOCK_N, last, b_p, b_acc,
-                b_m, b_l, lo, hi, sm, cap_in, cap_out, g, 0, SOFTCAP, PING_PONG, BLOCK_N, STAGES, ls, lo_, lp,
+                b_m, b_l, lo, hi, sm, cap_in, cap_out, place, mod_args, g, 0, SOFTCAP, MOD, PING_PONG, BLOCK_N,
+                STAGES, ls, lo_, lp,
             )  # fmt: skip
         for i in range(full_hi, end):
             b_p, b_acc, b_m, b_l = _step(
                 q, k_s, v_s, k_full, k_empty, v_full, v_empty, turn, base + i, first + i * BLOCK_N, last, b_p, b_acc,
-                b_m, b_l, lo, hi, sm, cap_in, cap_out, g, 1, SOFTCAP, PING_PONG, BLOCK_N, STAGES, ls, lo_, lp,
+                b_m, b_l, lo, hi, sm, cap_in, cap_out, place, mod_args, g, 1, SOFTCAP, MOD, PING_PONG, BLOCK_N,
+                STAGES, ls, lo_, lp,
             )  # fmt: skip
         c = base + end - 1
         stage = c % STAGES
@@ -300,15 +321,15 @@ def _consumer(
 
 
 @gluon.jit(
-    do_not_specialize=["stride_ib", "q_len", "tiles", "units", "section", "total"],
-    do_not_specialize_on_alignment=["LSE", "SINKS", "KV_LO", "KV_HI", "records"],
+    do_not_specialize=["stride_ib", "q_len", "tiles", "units", "section", "total", "mod_args"],
+    do_not_specialize_on_alignment=["LSE", "SINKS", "KV_LO", "KV_HI", "records", "mod_args"],
 )
 def _hopper_fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, LSE, SINKS, KV_LO, KV_HI, records,
-    stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
+    stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, PING_PONG: gl.constexpr, SOFTCAP: gl.constexpr,
-    HAS_SINKS: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, PING_PONG: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr,
+    MOD_ROWS: gl.constexpr, HAS_SINKS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Work items program_id, program_id + num_programs, ...: as many programs as items, or persistent ones.
 
@@ -342,18 +363,18 @@ def _hopper_fwd_kernel(
         gl.warp_specialize([
             (_consumer, (
                 0, o_desc, LSE, SINKS, KV_LO, KV_HI, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
-                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, HAS_SINKS,
+                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
+                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
             )),
             (_consumer, (
                 1, o_desc, LSE, SINKS, KV_LO, KV_HI, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
-                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, HAS_SINKS,
+                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
+                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
             )),
             (_consumer, (
                 2, o_desc, LSE, SINKS, KV_LO, KV_HI, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
-                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, HAS_SINKS,
+                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
+                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -364,13 +385,13 @@ def _hopper_fwd_kernel(
         gl.warp_specialize([
             (_consumer, (
                 0, o_desc, LSE, SINKS, KV_LO, KV_HI, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
-                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, HAS_SINKS,
+                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
+                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
             )),
             (_consumer, (
                 1, o_desc, LSE, SINKS, KV_LO, KV_HI, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
-                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, HAS_SINKS,
+                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
+                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -381,8 +402,8 @@ def _hopper_fwd_kernel(
         gl.warp_specialize([
             (_consumer, (
                 0, o_desc, LSE, SINKS, KV_LO, KV_HI, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
-                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, HAS_SINKS,
+                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
+                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,

@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from packflex.attention.hopper.backward import SUMS_BEFORE, _hopper_bwd_kernel
 from packflex.attention.hopper.forward import LOG2_E, _hopper_fwd_kernel
+from packflex.attention.hopper.mods import BoundMod
 from packflex.attention.hopper.order import HEADER, tiles_of, units_per_section, work_order
 from packflex.attention.hopper.prepare import (
     PREPARED_ROWS,
@@ -45,6 +46,7 @@ def launch_forward(
     softcap: float,
     tile_list: list[int],
     long_spans: bool,
+    mod: BoundMod | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, S, D] and lse [B, Hq, S]; arguments as the op `packflex::attention`, `tile_list` of `tiles`."""
     q, k, v = (tma_readable(x) for x in (q, k, v))
@@ -53,7 +55,8 @@ def launch_forward(
     group = heads // kv_heads
     out = new_bshd(q)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
-    tile = resolve_forward_tile(tile_list, head_dim, group, long_spans, softcap > 0)
+    tight = softcap > 0 or (mod is not None and mod.functions.busy)
+    tile = resolve_forward_tile(tile_list, head_dim, group, long_spans, tight)
     packed, positions = tile.heads(group), tile.positions(group)
     if kv_intervals.stride(2) != 1:  # the one interval of "every query sees every key", expanded
         kv_intervals = kv_intervals.contiguous()
@@ -67,8 +70,9 @@ def launch_forward(
     _hopper_fwd_kernel[(programs,)](
         descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), descriptor(out, rows),
         lse, lse if sinks is None else sinks, kv_intervals[0], kv_intervals[1], plan[HEADER.value :],
-        kv_intervals.stride(1), q_len, tiles, units, section, total, *score_factors(scale, softcap),
-        **forward_constants(tile, head_dim, group, softcap > 0, sinks is not None), **launch_options(tile),
+        kv_intervals.stride(1), q_len, tiles, units, section, total,
+        *(score_factors(scale, softcap) if mod is None else mod.factors(scale)), mod.arguments if mod else (0,),
+        **forward_constants(tile, head_dim, group, softcap > 0, sinks is not None, mod), **launch_options(tile),
     )  # fmt: skip
     return out, lse
 
@@ -88,13 +92,14 @@ def launch_backward(
     tile_list: list[int],
     long_spans: bool,
     want_delta: bool,
+    mod: BoundMod | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients to q, k, v, and delta [B, Hq, S] if it is wanted; arguments as `packflex::attention_backward`."""
     q, k, v, grad_out = (tma_readable(x) for x in (q, k, v, grad_out))
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    tile = resolve_backward_tile(tile_list, head_dim, long_spans, softcap > 0)
+    tile = resolve_backward_tile(tile_list, head_dim, long_spans, softcap > 0 or mod is not None)
     packed = tile.heads(group)
     kv_intervals, q_intervals = (x if x.stride(2) == 1 else x.contiguous() for x in (kv_intervals, q_intervals))
     # dQ / scale as [B, Hq / packed, S, packed, D]: the rows of a block side by side
@@ -129,8 +134,8 @@ def launch_backward(
         descriptor(k, *boxes["k_desc"]), descriptor(v, *boxes["v_desc"]),
         *(_Descriptor(x, [x.shape[0]], [1], [ROWS], stat_layout) for x in (lse_2, delta)),
         sum_desc, grad_k, grad_v, q_intervals[0], q_intervals[1], kv_intervals[1], plan,
-        scale, *score_factors(scale, softcap),
-        **backward_constants(tile, head_dim, group, softcap > 0), **launch_options(tile),
+        scale, *(score_factors(scale, softcap) if mod is None else mod.factors(scale)), mod.arguments if mod else (0,),
+        **backward_constants(tile, head_dim, group, softcap > 0, mod), **launch_options(tile),
     )  # fmt: skip
     _hopper_bwd_cast_kernel[(ceil_div(q_len, PREPARED_ROWS), heads, batch)](
         sums[before:], grad_q, q_len, heads, scale, HEADS=packed, D=head_dim, BLOCK_M=PREPARED_ROWS, num_warps=4,
@@ -148,7 +153,9 @@ def score_factors(scale: float, softcap: float) -> tuple[float, float, float]:
     return scale * _LOG2_E, 0.0, 0.0
 
 
-def forward_constants(tile: ForwardTile, head_dim: int, group: int, softcap: bool, sinks: bool) -> dict[str, Any]:
+def forward_constants(
+    tile: ForwardTile, head_dim: int, group: int, softcap: bool, sinks: bool, mod: BoundMod | None = None
+) -> dict[str, Any]:
     """The forward kernel's compile-time constants."""
     return {
         "HEADS": tile.heads(group),
@@ -160,12 +167,16 @@ def forward_constants(tile: ForwardTile, head_dim: int, group: int, softcap: boo
         "Q_STAGES": tile.q_stages,
         "PING_PONG": tile.ping_pong > 0,
         "SOFTCAP": softcap,
+        "MOD": mod.functions.forward if mod else None,
+        "MOD_ROWS": mod.functions.rows if mod else None,
         "HAS_SINKS": sinks,
         "REGISTERS": tile.consumer_registers,
     }
 
 
-def backward_constants(tile: BackwardTile, head_dim: int, group: int, softcap: bool) -> dict[str, Any]:
+def backward_constants(
+    tile: BackwardTile, head_dim: int, group: int, softcap: bool, mod: BoundMod | None = None
+) -> dict[str, Any]:
     """The backward kernel's compile-time constants."""
     return {
         "HEADS": tile.heads(group),
@@ -176,6 +187,9 @@ def backward_constants(tile: BackwardTile, head_dim: int, group: int, softcap: b
         "COLUMNS": tile.columns(head_dim),
         "AHEAD": tile.ahead > 0,
         "SOFTCAP": softcap,
+        "MOD": mod.functions.backward if mod else None,
+        "MOD_COLUMNS": mod.functions.columns if mod else None,
+        "MOD_GRAD": mod.functions.gradient if mod else None,
         "REGISTERS": 240,
     }
 

@@ -52,6 +52,7 @@ def mod_attention_call(
     tiles: Sequence[int],
     long_spans: bool,
     deterministic: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The attention in a recorded subgraph, where `score` and `mask` are the mods' results on `inputs`; never runs."""
     raise AssertionError("a recorded attention is replaced before it runs")
@@ -61,6 +62,7 @@ def mod_attention_call(
 def _(
     q: Tensor, k: Tensor, v: Tensor, kv_blocks: Any, q_blocks: Any, sinks: Any, inputs: Any, score: Any, mask: Any,
     mask_tile: Any, ragged: bool, scale: float, softcap: float, tiles: Any, long_spans: bool, deterministic: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return new_bshd(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -115,6 +117,7 @@ def compiled_attention_with_mods(
     tiles: list[int],
     long_spans: bool,
     deterministic: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """out and lse; arguments as those of `mod_attention`, with the user's functions in place of programs."""
 
@@ -125,7 +128,7 @@ def compiled_attention_with_mods(
         seen = None if mask_mod is None else _as_tensor(mask_mod(b, h, q_idx, kv_idx), score)
         return torch.ops.packflex.mod_attention_call(
             q, k, v, kv_blocks, q_blocks, sinks, [score, b, h, q_idx, kv_idx], modified, seen, list(mask_tile), ragged,
-            scale, softcap, tiles, long_spans, deterministic,
+            scale, softcap, tiles, long_spans, deterministic, backend,
         )  # fmt: skip
 
     out, lse = _mod_attention(recorded, q, k, v)

@@ -27,8 +27,12 @@ def attention_with_mods(
     tiles: list[int],
     long_spans: bool,
     deterministic: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse through the printed kernels; `intervals` are those of the mask, or None when it holds lists."""
+    """out and lse through the printed kernels; `intervals` are those of the mask, or None when it holds lists.
+
+    `backend` is "triton", or "hopper" for masks of intervals.
+    """
     if max(q.shape[2], k.shape[2]) > EXACT_INDICES:
         raise NotImplementedError(
             f"mods take rows of up to {EXACT_INDICES} tokens; got {q.shape[2]} queries and {k.shape[2]} keys"
@@ -42,14 +46,14 @@ def attention_with_mods(
         kv_blocks, q_blocks = ([x.contiguous() for x in lists] for lists in (kv, queries))
         tile, ragged = mask.BLOCK_SIZE, mask.ragged
     else:
-        kv_blocks, q_blocks = ([x[0], x[1]] for x in intervals)
+        kv_blocks, q_blocks = ([x] if backend == "hopper" else [x[0], x[1]] for x in intervals)
         tile, ragged = (0, 0), False
     if torch.compiler.is_compiling():
         from packflex.attention.mods.compiled import compiled_attention_with_mods
 
         return compiled_attention_with_mods(
             q, k, v, kv_blocks, q_blocks, mask_mod, score_mod, sinks, tile, ragged, scale, softcap, tiles, long_spans,
-            deterministic,
+            deterministic, backend,
         )  # fmt: skip
     masked = None if mask_mod is None else lift(mask_mod, "mask", q.device)
     scored = None if score_mod is None else lift(score_mod, "score", q.device)
@@ -63,7 +67,7 @@ def attention_with_mods(
                 (floats if scalar.role == "float" else ints).append(number)  # type: ignore[arg-type]
     out, lse = mod_attention(
         q, k, v, kv_blocks, q_blocks, captures, sinks, ints, floats, scored.key if scored else "",
-        masked.key if masked else "", list(tile), ragged, scale, softcap, tiles, long_spans, deterministic,
+        masked.key if masked else "", list(tile), ragged, scale, softcap, tiles, long_spans, deterministic, backend,
     )  # fmt: skip
     return out, lse
 

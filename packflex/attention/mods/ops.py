@@ -37,6 +37,15 @@ def _call(
     return Call(q, k, v, given[1], given[0], scale, softcap, tiles, long_spans)
 
 
+def _hopper_mod(score_key: str, captures: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> Any:
+    from packflex.attention.hopper.mods import bound_mod
+
+    program = PROGRAMS[score_key]
+    whole, real = list(ints), list(floats)
+    numbers = [real.pop(0) if scalar.role == "float" else whole.pop(0) for scalar in program.scalars]
+    return bound_mod(program, list(captures), numbers)
+
+
 def _blocks(tensors: Sequence[Tensor], mask_tile: Sequence[int], ragged: bool) -> Any:
     from packflex.attention.mods.launch import Blocks
 
@@ -63,12 +72,19 @@ def mod_attention(
     tiles: Sequence[int],
     long_spans: bool,
     deterministic: bool,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     """Attention with traced mods: out [B, Hq, S, Dv] and lse float32 [B, Hq, S].
 
     `kv_blocks` are the intervals (lo, hi) or the lists of `BlockMask`, `q_blocks` the same from the keys' side;
-    `captures`, `ints` and `floats` those of the mask's program, then of the score's.
+    `captures`, `ints` and `floats` those of the mask's program, then of the score's. With `backend` "hopper" the blocks
+    are intervals in one tensor, and the backward runs on its kernels unless captured tensors get gradients.
     """
+    if backend == "hopper":
+        from packflex.attention.hopper.launch import launch_forward as launch_hopper_forward
+
+        mod = _hopper_mod(score_key, captures, ints, floats)
+        return launch_hopper_forward(q, k, v, kv_blocks[0], sinks, scale, softcap, list(tiles), long_spans, mod)
     from packflex.attention.mods.launch import launch_forward
 
     call = _call(q, k, v, captures, ints, floats, score_key, mask_key, scale, softcap, list(tiles), long_spans)
@@ -79,7 +95,7 @@ def mod_attention(
 def _(
     q: Tensor, k: Tensor, v: Tensor, kv_blocks: Any, q_blocks: Any, captures: Any, sinks: Any, ints: Any, floats: Any,
     score_key: str, mask_key: str, mask_tile: Any, ragged: bool, scale: float, softcap: float, tiles: Any,
-    long_spans: bool, deterministic: bool,
+    long_spans: bool, deterministic: bool, backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return new_bshd(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -109,8 +125,20 @@ def mod_attention_backward(
     tiles: Sequence[int],
     long_spans: bool,
     deterministic: bool,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients to q, k, v, the sinks (of size 0 without) and the captured tensors `wanted` (places in `captures`)."""
+    if backend == "hopper" and not wanted and not deterministic:
+        from packflex.attention.hopper.launch import launch_backward as launch_hopper_backward
+
+        grad_q, grad_k, grad_v, delta_or_none = launch_hopper_backward(
+            grad_out, grad_lse, q, k, v, out, lse, kv_blocks[0], q_blocks[0], scale, softcap, list(tiles), long_spans,
+            sinks is not None, _hopper_mod(score_key, captures, ints, floats),
+        )  # fmt: skip
+        grad_sinks = None if delta_or_none is None else reference.sink_gradient(sinks, lse, delta_or_none)
+        return grad_q, grad_k, grad_v, q.new_empty(0) if grad_sinks is None else grad_sinks, []
+    if backend == "hopper":
+        kv_blocks, q_blocks, tiles = [*kv_blocks[0]], [*q_blocks[0]], []
     from packflex.attention.mods.launch import launch_backward
 
     call = _call(q, k, v, captures, ints, floats, score_key, mask_key, scale, softcap, list(tiles), long_spans)
@@ -130,6 +158,7 @@ def _(
     grad_out: Tensor, grad_lse: Any, out: Tensor, lse: Tensor, wanted: Any, q: Tensor, k: Tensor, v: Tensor,
     kv_blocks: Any, q_blocks: Any, captures: Any, sinks: Any, ints: Any, floats: Any, score_key: str, mask_key: str,
     mask_tile: Any, ragged: bool, scale: float, softcap: float, tiles: Any, long_spans: bool, deterministic: bool,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     grad_sinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     captured = [torch.empty_like(captures[place], memory_format=torch.contiguous_format) for place in wanted]

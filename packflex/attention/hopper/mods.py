@@ -1,0 +1,138 @@
+"""A traced score_mod as functions that the Hopper kernels call: printed, as for the portable kernels, by one printer.
+
+The kernels hold scores as [rows, keys] forward and as [keys, rows] backward. What a mod computes of the tile's own side
+alone, queries or keys, stands before the loops over blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from packflex.attention.hopper.forward import LOG2_E
+from packflex.mods import source
+from packflex.mods.errors import short_name
+from packflex.mods.nodes import Node, Program, ordered
+from packflex.mods.printer import Printer, arguments, device_imports
+from packflex.mods.rewrite import in_log2
+
+_BUSY = 12  # nodes of each element
+
+_HEADER = '''"""Printed by packflex: {what}, for the Hopper kernels."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as tl
+
+{imports}
+'''
+
+
+@dataclass(frozen=True)
+class ModFunctions:
+    """The printed functions of a score_mod.
+
+    Attributes:
+        forward: `(score, b, h, q, kv, rows, args) -> score`; `rows` what `rows(b, h, q, args)` gives.
+        rows: what depends on the queries alone.
+        backward: as `forward`, with `columns`, what `columns(b, kv, args)` gives, in the place of `rows`.
+        columns: what depends on the keys alone.
+        gradient: `(grad, score, b, h, q, kv, columns, args) -> grad` of the score; None where it is `grad`.
+        log2: whether scores come and go in units of log(2).
+        busy: whether it takes registers for much that it computes of each element, or for reads there.
+    """
+
+    forward: Any
+    rows: Any
+    backward: Any
+    columns: Any
+    gradient: Any
+    log2: bool
+    busy: bool
+
+
+@dataclass(frozen=True)
+class BoundMod:
+    """A score_mod with its captured tensors and numbers, as the launchers take it."""
+
+    functions: ModFunctions
+    arguments: tuple[Any, ...]
+
+    def factors(self, scale: float) -> tuple[float, float, float]:
+        """As `launch.score_factors`: `cap_in` on the product, and `sm` from the mod's result to base 2."""
+        log2_e: float = LOG2_E.value
+        return (1.0, scale * log2_e, 0.0) if self.functions.log2 else (log2_e, scale, 0.0)
+
+
+def bound_mod(program: Program, captures: list[Tensor], numbers: list[float | int]) -> BoundMod:
+    """The mod of a program."""
+    return BoundMod(mod_functions(program), tuple(arguments(program, captures, numbers)) or (0,))
+
+
+@lru_cache(maxsize=256)
+def mod_functions(program: Program) -> ModFunctions:
+    """The functions of a program, loaded from their file."""
+    module = source.load(mod_text(program))
+    scaled = in_log2(program)
+    gradient = getattr(module, "mod_gradient", None)
+    full = [node for node in ordered([program.out]) if node.is_full and node.op != "input"]
+    busy = len(full) >= _BUSY or any(node.op == "read" for node in full)
+    return ModFunctions(
+        module.mod_forward, module.mod_rows, module.mod_backward, module.mod_columns, gradient, scaled is not None, busy
+    )
+
+
+def mod_text(program: Program) -> str:
+    """The file of a score_mod's functions."""
+    scaled = in_log2(program) or program
+    forward, backward = (Printer(scaled, "x") for _ in range(2))
+    rows, given_rows = _hoisted("mod_rows", "b, h, q", forward, [scaled.out])
+    columns, given_columns = _hoisted("mod_columns", "b, kv", backward, [scaled.out])
+    parts = [
+        rows, _function("mod_forward", "score, b, h, q, kv", given_rows, forward, scaled.out),
+        columns, _function("mod_backward", "score, b, h, q, kv", given_columns, backward, scaled.out),
+    ]  # fmt: skip
+    grad = scaled.grad_score
+    assert grad is not None
+    if grad.op != "input":
+        again = Printer(scaled, "x")
+        again.names = {key: backward.names[key] for key in backward.names if backward.names[key] in given_columns}
+        again.skip(len(backward.names))
+        parts.append(_function("mod_gradient", "grad, score, b, h, q, kv", given_columns, again, grad))
+    body = "\n\n".join(parts)
+    return _HEADER.format(what=short_name(program.name), imports=device_imports(body)) + "\n" + body + "\n"
+
+
+def _hoisted(name: str, indices: str, printer: Printer, roots: list[Node]) -> tuple[str, list[str]]:
+    """The function of what depends on some indices alone, and the names of its results."""
+    allowed = set(indices.split(", "))
+    lines = _unpacked(printer)
+    statements = printer.statements(roots, _within(allowed))
+    lines += map(str, statements)
+    names = [statement.name for statement in statements]
+    lines.append(f"return ({', '.join(names)},)" if names else "return (b,)")
+    return _defined(name, f"{indices}, args", lines), names
+
+
+def _function(name: str, inputs: str, given: list[str], printer: Printer, root: Node) -> str:
+    lines = _unpacked(printer) + [f"{each} = given[{i}]" for i, each in enumerate(given)]
+    lines += map(str, printer.statements([root]))
+    text = printer.text(root)
+    lines.append(f"return {text}" if {"score", "grad"} & root.deps else f"return score * 0 + {text}")
+    return _defined(name, f"{inputs}, given, args", lines)
+
+
+def _unpacked(printer: Printer) -> list[str]:
+    return [f"{name} = args[{i}]" for i, name in enumerate(printer.parameters())]
+
+
+def _defined(name: str, parameters: str, lines: list[str]) -> str:
+    body = "\n".join(f"    {line}" for line in lines)
+    return f"@gluon.jit\ndef {name}({parameters}):\n{body}\n"
+
+
+def _within(allowed: set[str]) -> Callable[[Node], bool]:
+    return lambda node: node.deps <= allowed

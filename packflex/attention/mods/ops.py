@@ -72,7 +72,7 @@ def mod_attention(
     tiles: Sequence[int],
     long_spans: bool,
     deterministic: bool,
-    backend: str = "triton",
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Attention with traced mods: out [B, Hq, S, Dv] and lse float32 [B, Hq, S].
 
@@ -95,7 +95,7 @@ def mod_attention(
 def _(
     q: Tensor, k: Tensor, v: Tensor, kv_blocks: Any, q_blocks: Any, captures: Any, sinks: Any, ints: Any, floats: Any,
     score_key: str, mask_key: str, mask_tile: Any, ragged: bool, scale: float, softcap: float, tiles: Any,
-    long_spans: bool, deterministic: bool, backend: str = "triton",
+    long_spans: bool, deterministic: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return new_bshd(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -125,7 +125,7 @@ def mod_attention_backward(
     tiles: Sequence[int],
     long_spans: bool,
     deterministic: bool,
-    backend: str = "triton",
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients to q, k, v, the sinks (of size 0 without) and the captured tensors `wanted` (places in `captures`)."""
     if backend == "hopper" and not wanted and not deterministic:
@@ -158,7 +158,7 @@ def _(
     grad_out: Tensor, grad_lse: Any, out: Tensor, lse: Tensor, wanted: Any, q: Tensor, k: Tensor, v: Tensor,
     kv_blocks: Any, q_blocks: Any, captures: Any, sinks: Any, ints: Any, floats: Any, score_key: str, mask_key: str,
     mask_tile: Any, ragged: bool, scale: float, softcap: float, tiles: Any, long_spans: bool, deterministic: bool,
-    backend: str = "triton",
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     grad_sinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     captured = [torch.empty_like(captures[place], memory_format=torch.contiguous_format) for place in wanted]

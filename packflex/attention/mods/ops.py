@@ -17,6 +17,19 @@ from packflex.attention.memory import new_bshd
 from packflex.mods.lifted import PROGRAMS
 
 
+def resolved(
+    backend: str, score_key: str, kv_blocks: list[Tensor], q_blocks: list[Tensor]
+) -> tuple[str, list[Tensor], list[Tensor]]:
+    """The backend, and the blocks as it takes them, from intervals in one tensor."""
+    if backend == "best":
+        from packflex.attention.hopper.support import suits
+
+        backend = "hopper" if suits(PROGRAMS[score_key]) else "triton"
+    if backend == "triton" and len(kv_blocks) == 1:
+        return backend, [*kv_blocks[0]], [*q_blocks[0]]
+    return backend, kv_blocks, q_blocks
+
+
 def _call(
     q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float],
     score_key: str, mask_key: str, scale: float, softcap: float, tiles: list[int], long_spans: bool,

@@ -44,6 +44,18 @@ def test_bfloat16(name, dim):
     check_mod_case(case, "hopper", "cuda", torch.bfloat16, frozen=True)
 
 
+@pytest.mark.parametrize(
+    "tile",
+    [{"consumers": 1, "max_heads": 4}, {"consumers": 2, "max_heads": 2}, {"consumers": 2, "max_heads": 1}],
+    ids=str,
+)
+@pytest.mark.parametrize("name", SOME)
+def test_backward_tiles(name, tile):
+    case = dataclasses.replace(CASES[name], head_dim=128, heads=4, kv_heads=1)
+    options = {f"backward_{key}": value for key, value in tile.items()}
+    check_mod_case(case, "hopper", "cuda", torch.bfloat16, kernel_options=options, frozen=True)
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_float16(name):
     check_mod_case(CASES[name], "hopper", "cuda", torch.float16, frozen=True)

@@ -86,7 +86,6 @@ def flex_attention(
         raise ValueError(f"softcap must be above 0, or None for no cap; got {softcap}")
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     want_lse = return_lse or _wants_lse(return_aux)
-    named = backend is not None
     backend = _choose_backend(backend, query, key, value, mask, score_mod, scale, softcap, kernel_options)
     if kernel_options and backend not in ("triton", "hopper"):
         raise ValueError(f'kernel_options are tiles of the Triton kernels; the backend here is "{backend}"')
@@ -108,8 +107,7 @@ def flex_attention(
 
         out, lse = attention_with_mods(
             query, key, value, mask, None if _in_lists(mask) else _intervals(mask, query, key), score_mod, sinks, scale,
-            cap, _tile_list(backend, kernel_options), _long(mask, key), _fixed(deterministic),
-            backend if named or backend != "hopper" else "best",
+            cap, _tile_list(backend, kernel_options), _long(mask, key), _fixed(deterministic), backend,
         )  # fmt: skip
     elif _intervals_only(mask, score_mod):
         kv_intervals, q_intervals = _intervals(mask, query, key)
@@ -233,8 +231,9 @@ def _choose_backend(
         return backend
     if query.device.type != "cuda" or query.dtype == torch.float64:
         return "reference"
-    # kernel_options without a backend have always meant the portable kernels' tiles
-    if unfit or kernel_options or support.refusal(query, key, value, scale):
+    # kernel_options without a backend have always meant the portable kernels' tiles; mods are taken there by name until
+    # all tests of them have passed on a card
+    if unfit or score_mod is not None or kernel_options or support.refusal(query, key, value, scale):
         return "triton"
     return "hopper"
 

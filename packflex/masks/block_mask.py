@@ -94,8 +94,10 @@ class BlockMask:
         """Mask from the interval of keys of each query and the interval of queries of each key.
 
         Args:
-            kv_intervals: int32 [2, B, Q_LEN], half-open; both bounds must only grow along Q_LEN.
-            q_intervals: int32 [2, B, KV_LEN], the same mask seen from the keys.
+            kv_intervals: int32 [2, B, Q_LEN], half-open; both bounds must only grow along Q_LEN. Queries of a padded
+                tail see nothing: both bounds are the end of the last key that is seen.
+            q_intervals: int32 [2, B, KV_LEN], the same mask seen from the keys; for keys past the last that is seen
+                both bounds are the end of the last query that sees one.
             BLOCK_SIZE: tile of the derived lists, ranges and picture; kernels choose their own.
             long_spans: see the class.
         """

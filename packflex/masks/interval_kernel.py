@@ -56,7 +56,10 @@ def document_bounds(CU_SEQLENS, ROW_OFFSETS, steps, i_b, o_t, kv_len, REAL_ONLY:
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "kv_plane", "q_plane", "steps"], do_not_specialize_on_alignment=["Q"])
 def _transposed_intervals_kernel(KV, Q, q_len, kv_len, kv_plane, q_plane, steps, BLOCK: tl.constexpr):
-    """The queries that see each key: those whose end is past it and whose first key is not, by binary search."""
+    """The queries that see each key: those whose end is past it and whose first key is not, by binary search.
+
+    Queries past the last that sees anything, a padded tail, are no key's, and keys that none sees end where that does.
+    """
     i_b = tl.program_id(1)
     o_k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p_lo = KV + i_b.to(tl.int64) * q_len
@@ -73,9 +76,17 @@ def _transposed_intervals_kernel(KV, Q, q_len, kv_len, kv_plane, q_plane, steps,
         hi = tl.load(p_hi + middle_hi, mask=middle_hi < end_hi, other=2147483647)
         after_lo, end_lo = tl.where(lo <= o_k, middle_lo + 1, after_lo), tl.where(lo <= o_k, end_lo, middle_lo)
         after_hi, end_hi = tl.where(hi <= o_k, middle_hi + 1, after_hi), tl.where(hi <= o_k, end_hi, middle_hi)
+    last = tl.load(p_hi + q_len - 1)  # from this key on none is seen; queries that begin there see nothing
+    seeing = tl.zeros([], tl.int32)
+    end = tl.zeros([], tl.int32) + q_len
+    for _ in range(steps):
+        middle = (seeing + end) // 2
+        lo = tl.load(p_lo + middle, mask=middle < end, other=2147483647)
+        seeing, end = tl.where(lo < last, middle + 1, seeing), tl.where(lo < last, end, middle)
+    q_lo = tl.minimum(after_hi, seeing)
     p_out = Q + i_b.to(tl.int64) * kv_len + o_k
-    tl.store(p_out, after_hi, mask=o_k < kv_len)
-    tl.store(p_out + q_plane, tl.maximum(after_hi, after_lo), mask=o_k < kv_len)
+    tl.store(p_out, q_lo, mask=o_k < kv_len)
+    tl.store(p_out + q_plane, tl.maximum(q_lo, tl.minimum(after_lo, seeing)), mask=o_k < kv_len)
 
 
 def launch_intervals(

@@ -321,7 +321,9 @@ def _by_torch(
     lo = torch.minimum(lo, hi)  # rows that see nothing, in a padded tail above all, end where the last key does
     keys = torch.arange(kv_len, device=device).expand(batch, kv_len).contiguous()
     # both bounds grow: the queries that see a key are those whose `hi` is past it and whose `lo` is not
-    q_lo = torch.searchsorted(hi.contiguous(), keys, right=True)
-    q_hi = torch.searchsorted(lo.contiguous(), keys, right=True)
+    # queries past the last that sees anything are no key's, and keys that none sees end where that query does
+    seeing = (lo < hi[:, -1:]).sum(1, keepdim=True)
+    q_lo = torch.minimum(torch.searchsorted(hi.contiguous(), keys, right=True), seeing)
+    q_hi = torch.minimum(torch.searchsorted(lo.contiguous(), keys, right=True), seeing)
     q_intervals = torch.stack([q_lo, torch.maximum(q_lo, q_hi)]).to(torch.int32)
     return torch.stack([lo, hi]).to(torch.int32), q_intervals

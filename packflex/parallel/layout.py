@@ -183,8 +183,9 @@ class ShardedLayout:
             bounds[1, rows] = np.searchsorted(keys, hi + starts[piece.document] - 1) + 1
             at = rows.stop
         key = np.arange(kv_len)
-        first = np.searchsorted(bounds[1], key, side="right")
-        end = np.maximum(np.searchsorted(bounds[0], key, side="right"), first)
+        # queries of the padded tail see nothing, and keys that nothing sees end where the last other query does
+        first = np.minimum(np.searchsorted(bounds[1], key, side="right"), at)
+        end = np.maximum(np.minimum(np.searchsorted(bounds[0], key, side="right"), at), first)
         pairs = int((bounds[1] - bounds[0]).sum())
         kv, q = (torch.from_numpy(np.ascontiguousarray(x)).to(torch.int32)[:, None] for x in (bounds, (first, end)))
         return BlockMask.from_intervals(

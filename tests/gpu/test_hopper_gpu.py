@@ -314,8 +314,8 @@ def test_it_is_the_default_and_refuses_by_reason():
         flex_attention(q[..., :32], k[..., :32], v[..., :32], backend="hopper")
     with pytest.raises(NotImplementedError, match="scale above 0"):
         flex_attention(q, k, v, scale=-1.0, backend="hopper")
-    with pytest.raises(NotImplementedError, match="score_mod"):
-        flex_attention(q, k, v, score_mod=lambda s, *i: s, backend="hopper")
+    with pytest.raises(NotImplementedError, match="no score_mod together with a softcap"):
+        flex_attention(q, k, v, score_mod=lambda s, *i: s, softcap=3.0, backend="hopper")
     portable = flex_attention(q[..., :32], k[..., :32], v[..., :32], block_mask=mask)
     assert torch.equal(
         portable, flex_attention(q[..., :32], k[..., :32], v[..., :32], block_mask=mask, backend="triton")

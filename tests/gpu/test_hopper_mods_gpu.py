@@ -80,7 +80,7 @@ def test_deterministic():
         assert all(torch.equal(a, b) for a, b in zip(runs[0].tensors(), other.tensors(), strict=True))
 
 
-def test_it_is_the_default_and_a_changed_number_compiles_nothing():
+def test_a_changed_number_compiles_nothing():
     layout = PackedLayout.from_lengths([[300, 200, 12]], 512).to("cuda")
     mask = document_mask(layout)
     q, k, v = (torch.randn(1, 512, 4, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
@@ -91,7 +91,6 @@ def test_it_is_the_default_and_a_changed_number_compiles_nothing():
             return torch.where(q_idx - kv_idx < width, score * strength, score)
 
         named = flex_attention(q, k, v, score_mod=mod, block_mask=mask, backend="hopper")
-        assert torch.equal(named, flex_attention(q, k, v, score_mod=mod, block_mask=mask))
         portable = flex_attention(q, k, v, score_mod=mod, block_mask=mask, backend="triton")
         torch.testing.assert_close(named, portable, rtol=2e-2, atol=2e-2)
         counts.append(sum(len(cache[0]) for cache in _hopper_fwd_kernel.device_caches.values()))

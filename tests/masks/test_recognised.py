@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from packflex import PackedLayout, create_block_mask, masks
+from packflex import PackedLayout, create_block_mask, document_mask, masks
 from packflex.masks.interval_kernel import launch_intervals
 from packflex.masks.recognise import _documents, interval_formula, recognised_intervals
 from packflex.mods.lifted import lift
@@ -83,6 +83,18 @@ def test_the_printed_kernel_equals_torch(name):
     kv_intervals, q_intervals = launch_intervals(lifted, formula, documents, shape, CPU)
     assert torch.equal(kv_intervals, expected.kv_intervals)
     assert torch.equal(q_intervals, expected.q_intervals)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_padded_tails_are_those_of_document_mask(window):
+    """Kernels count on the same bounds for what nothing sees, whoever made the mask."""
+    layout = PackedLayout.from_lengths([[3, 17, 9], [S], [], [1]], S)
+    mod = masks.and_masks(masks.document(layout), masks.causal)
+    if window is not None:
+        mod = masks.and_masks(mod, masks.sliding_window(window))
+    ours, theirs = create_block_mask(mod, 4, None, S, S, "cpu"), document_mask(layout, window=window)
+    assert torch.equal(ours.kv_intervals, theirs.kv_intervals)
+    assert torch.equal(ours.q_intervals, theirs.q_intervals)
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 50), (50, 1), (130, 257), (257, 130)])

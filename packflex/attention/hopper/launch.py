@@ -99,7 +99,7 @@ def launch_backward(
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    tile = resolve_backward_tile(tile_list, head_dim, long_spans, softcap > 0 or mod is not None)
+    tile = resolve_backward_tile(tile_list, head_dim, long_spans and mod is None, softcap > 0)
     packed = tile.heads(group)
     kv_intervals, q_intervals = (x if x.stride(2) == 1 else x.contiguous() for x in (kv_intervals, q_intervals))
     # dQ / scale as [B, Hq / packed, S, packed, D]: the rows of a block side by side

@@ -7,8 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
-from packflex.mods.nodes import Program, ordered
-
 HEAD_DIMS = (64, 128)
 
 
@@ -38,11 +36,6 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     if 0 in (q.shape[0], q.shape[2], k.shape[2]):
         return f"it takes no empty batch or sequence; got query {tuple(q.shape)} and key {tuple(k.shape)}"
     return None
-
-
-def suits(program: Program) -> bool:
-    """Whether a score_mod is as fast on the Hopper kernels as on the portable ones: not where it reads each element."""
-    return not any(node.op == "read" and node.is_full for node in ordered([program.out]))
 
 
 def card_refusal(device: torch.device | None = None) -> str | None:

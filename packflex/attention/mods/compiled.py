@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from packflex.attention.memory import new_bshd
-from packflex.attention.mods.ops import mod_attention, resolved
+from packflex.attention.mods.ops import mod_attention
 from packflex.mods.errors import ModError
 from packflex.mods.lifted import intern
 from packflex.mods.trace import at_line, trace
@@ -146,7 +146,7 @@ def _run(subgraph: fx.GraphModule, operands: tuple[Any, ...]) -> tuple[Tensor, T
     recorded = _Recorded(subgraph, operands)
     q, k, v, kv_blocks, q_blocks, sinks, _, score, mask, *options = recorded.call
     q, k, v, kv_blocks, q_blocks, sinks = recorded.values((q, k, v, kv_blocks, q_blocks, sinks))
-    mask_tile, ragged, *rest, backend = recorded.values(tuple(options))
+    mask_tile, ragged, *rest = recorded.values(tuple(options))
     captures: list[Tensor] = []
     ints: list[int] = []
     floats: list[float] = []
@@ -160,9 +160,8 @@ def _run(subgraph: fx.GraphModule, operands: tuple[Any, ...]) -> tuple[Tensor, T
         captures += mine
         for number, role in zip(numbers, roles, strict=True):
             (floats if role == "float" else ints).append(number)  # type: ignore[arg-type]
-    backend, kv_blocks, q_blocks = resolved(backend, keys[1], kv_blocks, q_blocks)
     out, lse = mod_attention(
-        q, k, v, kv_blocks, q_blocks, captures, sinks, ints, floats, keys[1], keys[0], mask_tile, ragged, *rest, backend
+        q, k, v, kv_blocks, q_blocks, captures, sinks, ints, floats, keys[1], keys[0], mask_tile, ragged, *rest
     )
     return out, lse
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packflex.attention.mods.ops import mod_attention, resolved
+from packflex.attention.mods.ops import blocks_of, mod_attention
 from packflex.masks.block_mask import BlockMask
 from packflex.mods.lifted import Lifted, lift
 from packflex.mods.nodes import EXACT_INDICES
@@ -31,7 +31,7 @@ def attention_with_mods(
 ) -> tuple[Tensor, Tensor]:
     """out and lse through the printed kernels; `intervals` are those of the mask, or None when it holds lists.
 
-    `backend` is "triton", or for masks of intervals "hopper", or "best" for the faster of the two.
+    `backend` is "triton", or for masks of intervals "hopper".
     """
     if max(q.shape[2], k.shape[2]) > EXACT_INDICES:
         raise NotImplementedError(
@@ -46,7 +46,7 @@ def attention_with_mods(
         kv_blocks, q_blocks = ([x.contiguous() for x in lists] for lists in (kv, queries))
         tile, ragged = mask.BLOCK_SIZE, mask.ragged
     else:
-        kv_blocks, q_blocks = ([x] for x in intervals)
+        kv_blocks, q_blocks = (blocks_of(backend, x) for x in intervals)
         tile, ragged = (0, 0), False
     if torch.compiler.is_compiling():
         from packflex.attention.mods.compiled import compiled_attention_with_mods
@@ -57,7 +57,6 @@ def attention_with_mods(
         )  # fmt: skip
     masked = None if mask_mod is None else lift(mask_mod, "mask", q.device)
     scored = None if score_mod is None else lift(score_mod, "score", q.device)
-    backend, kv_blocks, q_blocks = resolved(backend, scored.key if scored else "", kv_blocks, q_blocks)
     captures: list[Tensor] = []
     ints: list[int] = []
     floats: list[float] = []

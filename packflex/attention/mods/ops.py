@@ -17,17 +17,9 @@ from packflex.attention.memory import new_bshd
 from packflex.mods.lifted import PROGRAMS
 
 
-def resolved(
-    backend: str, score_key: str, kv_blocks: list[Tensor], q_blocks: list[Tensor]
-) -> tuple[str, list[Tensor], list[Tensor]]:
-    """The backend, and the blocks as it takes them, from intervals in one tensor."""
-    if backend == "best":
-        from packflex.attention.hopper.support import suits
-
-        backend = "hopper" if suits(PROGRAMS[score_key]) else "triton"
-    if backend == "triton" and len(kv_blocks) == 1:
-        return backend, [*kv_blocks[0]], [*q_blocks[0]]
-    return backend, kv_blocks, q_blocks
+def blocks_of(backend: str, intervals: Tensor) -> list[Tensor]:
+    """Intervals in one tensor as a backend's op takes them."""
+    return [intervals] if backend == "hopper" else [intervals[0], intervals[1]]
 
 
 def _call(

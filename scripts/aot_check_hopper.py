@@ -17,6 +17,7 @@ import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = ("plain", "softcap")
+MODS = ("alibi", "tanh")  # score mods, which add and which do not
 KERNELS = ("forward", "order", "backward")
 SHARED_LIMIT = 232_448  # bytes a block may take
 
@@ -26,26 +27,28 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--dims", type=int, nargs="+", choices=[64, 128], default=[64, 128])
     parser.add_argument("--group", type=int, default=4, help="query heads on a KV head")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS + MODS, default=VARIANTS + MODS)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--tile", type=int, nargs="+", default=None)
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     # after the switch: it decides what @triton.jit makes
+    from packflex import score_mods
     from packflex.attention.hopper.aot import compile_backward, compile_forward, compile_order
     from packflex.attention.hopper.tiles import ForwardTile, default_backward_tile, default_forward_tile
 
     def reports(dtype: torch.dtype, dim: int, long: bool, variant: str) -> Iterator[tuple[Any, Any]]:
         """Tile and report of each kernel."""
         softcap, group = variant == "softcap", options.group
+        mod = {"alibi": score_mods.alibi(group), "tanh": score_mods.softcap(20.0)}.get(variant)
         tile = ForwardTile(*options.tile) if options.tile else default_forward_tile(dim, group, long, softcap)
         if "forward" in options.kernels:
-            yield tile, compile_forward(tile, dtype, dim, group, softcap=softcap, sinks=softcap)
-        if "order" in options.kernels and not softcap:
+            yield tile, compile_forward(tile, dtype, dim, group, softcap=softcap, sinks=softcap, score_mod=mod)
+        if "order" in options.kernels and variant == "plain":
             yield tile, compile_order(tile.positions(group), tile.block_n)
         if "backward" in options.kernels:
-            tile = default_backward_tile(dim, long, softcap)
-            yield tile, compile_backward(tile, dtype, dim, group, softcap=softcap)
+            tile = default_backward_tile(dim, long and mod is None, softcap)
+            yield tile, compile_backward(tile, dtype, dim, group, softcap=softcap, score_mod=mod)
 
     faults = 0
     head = f"{'dtype':>5} {'D':>4} {'spans':<6} {'variant':<8} {'kernel':<22} {'registers':>9} {'spills':>7}"

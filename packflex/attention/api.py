@@ -62,7 +62,9 @@ def flex_attention(
         check_bounds: first evaluate every read of captured tensors in `score_mod` and the `mask_mod`, and raise for
             one past the end, which a kernel would read unnoticed; takes time with Q_LEN x KV_LEN, for debugging.
         backend: "hopper" (Gluon, sm_90), "triton", "torch" (its compiled flex_attention) or "reference" (eager, exact);
-            the best for the device and case when None. A backend that is named is used or raises, never replaced.
+            the best for the device and case when None ("hopper" for masks of intervals without a `score_mod`, which it
+            takes by name). A backend that is named is used or raises, never replaced; but gradients to captured tensors
+            of a `score_mod` are the portable kernels' under "hopper" too.
 
     Returns:
         out [B, Hq, S, Dv] in query's dtype (autocast's under autocast), laid out so that `out.transpose(1, 2)` is

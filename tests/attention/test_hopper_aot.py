@@ -34,6 +34,14 @@ def test_softcap_and_sinks_in_fp16():
     assert done.stdout.count("fp16   64") == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", ["64", "128"])
+def test_score_mods(dim):
+    done = run("--dims", dim, "--dtypes", "bf16", "--variants", "alibi", "tanh", "--kernels", "forward", "backward")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("_hopper_") == 2 * 2 * 2, "mods, spans, kernels"
+
+
 def test_a_tile_that_spills_is_found():
     """A block of 128 keys at head dim 128 needs more registers than each of three consumers can have."""
     tile = ("--tile", "3", "128", "2", "1")

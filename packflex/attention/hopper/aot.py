@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,13 @@ from packflex.attention.hopper.launch import (
     forward_constants,
     launch_options,
 )
+from packflex.attention.hopper.mods import BoundMod, bound_mod
 from packflex.attention.hopper.order import _work_order_kernel
 from packflex.attention.hopper.tiles import ROWS, BackwardTile, ForwardTile
+from packflex.attention.mods.aot import mod_types
 from packflex.attention.triton.aot import Compiled, _assemble
+from packflex.mods.lifted import lift
+from packflex.mods.printer import Printer
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class CompiledHopper(Compiled):
 
     Spills elsewhere cost a few cycles a tile of thousands; ptxas makes some where the roles of the warps part. Two such
     instructions in a loop of more than 400, reloads of its bound and the like, are let pass, and 12 in the backward:
-    its fastest tiles at head dim 128 have 3 and 11 (single 535 TFLOP/s, against 499 with the tile that has 6).
+    its fastest tiles at head dim 128 have 3 and 11 (single 535 TFLOP/s, against 499 with the tile that has 6). Under
+    mods up to 80 are: two consumers that spill so many are a fifth faster there than one that spills a dozen.
     """
 
     loop_spills: int = 0
@@ -56,9 +62,16 @@ def descriptor_type(block: list[int], dtype: torch.dtype, swizzle: int = -1) -> 
 
 
 def compile_forward(
-    tile: ForwardTile, dtype: torch.dtype, head_dim: int, group: int = 4, *, softcap: bool = False, sinks: bool = False
+    tile: ForwardTile,
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int = 4,
+    *,
+    softcap: bool = False,
+    sinks: bool = False,
+    score_mod: Callable[..., Any] | None = None,
 ) -> CompiledHopper:
-    """Compile the forward kernel for sm_90 and report on it.
+    """Compile the forward kernel for sm_90 and report on it; with a `score_mod`, whose tensors are on the CPU.
 
     Raises:
         RuntimeError: a kernel that does not assemble.
@@ -67,23 +80,41 @@ def compile_forward(
     rows = descriptor_type([1, ROWS // heads, heads, head_dim], dtype)
     keys = descriptor_type([1, tile.block_n, 1, head_dim], dtype)
     signature = {"q_desc": rows, "o_desc": rows, "k_desc": keys, "v_desc": keys}
-    constants = forward_constants(tile, head_dim, group, softcap, sinks)
-    return _compile(_hopper_fwd_kernel, signature, constants, launch_options(tile), gluon=True)
+    mod, types = _lifted(score_mod)
+    constants = forward_constants(tile, head_dim, group, softcap, sinks, mod)
+    return _compile(_hopper_fwd_kernel, signature | types, constants, launch_options(tile), gluon=True)
+
+
+def _lifted(score_mod: Callable[..., Any] | None) -> tuple[BoundMod | None, dict[str, Any]]:
+    if score_mod is None:
+        return None, {"mod_args": ("i32",)}
+    lifted = lift(score_mod, "score", torch.device("cpu"))
+    types = mod_types("x", lifted.program, False)
+    names = Printer(lifted.program, "x").parameters()
+    mod = bound_mod(lifted.program, lifted.captures, lifted.numbers)
+    return mod, {"mod_args": tuple(types.get(name, "i32") for name in names) or ("i32",)}
 
 
 def compile_backward(
-    tile: BackwardTile, dtype: torch.dtype, head_dim: int, group: int = 4, *, softcap: bool = False
+    tile: BackwardTile,
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int = 4,
+    *,
+    softcap: bool = False,
+    score_mod: Callable[..., Any] | None = None,
 ) -> CompiledHopper:
     """Compile the backward kernel for sm_90 and report on it; raises as `compile_forward`."""
     fp32 = ("lse_desc", "delta_desc", "dq_desc")
-    signature = {
+    mod, types = _lifted(score_mod)
+    signature: dict[str, Any] = {
         name: descriptor_type(block, torch.float32 if name in fp32 else dtype, swizzle)
         for name, (block, swizzle) in backward_boxes(tile, head_dim, group).items()
     }
     signature |= {"GRAD_K": f"*{TYPE_NAMES[dtype]}", "GRAD_V": f"*{TYPE_NAMES[dtype]}"}
-    constants = backward_constants(tile, head_dim, group, softcap)
-    report = _compile(_hopper_bwd_kernel, signature, constants, launch_options(tile), gluon=True)
-    return replace(report, allowed=12)
+    constants = backward_constants(tile, head_dim, group, softcap, mod)
+    report = _compile(_hopper_bwd_kernel, signature | types, constants, launch_options(tile), gluon=True)
+    return replace(report, allowed=12 if mod is None else 80)
 
 
 def compile_order(rows: int, columns: int) -> CompiledHopper:
@@ -92,16 +123,14 @@ def compile_order(rows: int, columns: int) -> CompiledHopper:
 
 
 def _compile(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any], gluon: bool = False
+    kernel: Any, types: dict[str, Any], constants: dict[str, Any], options: dict[str, Any], gluon: bool = False
 ) -> CompiledHopper:
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
         elif name in types:
             signature[name] = types[name]
-        elif name == "mod_args":
-            signature[name] = ("i32",)  # type: ignore[assignment]
         elif name in ("scale", "sm", "cap_in", "cap_out"):
             signature[name] = "fp32"
         elif name in ("KV_LO", "KV_HI", "Q_LO", "Q_HI", "INTERVALS", "PLAN", "records"):

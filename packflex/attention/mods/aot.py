@@ -82,7 +82,7 @@ def compile_mask_tiles(
 
     lifted = lift(mask_mod, "mask", torch.device("cpu"))
     kernel = tile_kernel_module(lifted.key).mask_tiles
-    types = _types("m", lifted.program, False) | {"STATE": "*i8"}
+    types = mod_types("m", lifted.program, False) | {"STATE": "*i8"}
     return compile_for(kernel, capability, torch.float32, tile_constants(block_size), 4, 1, types)
 
 
@@ -107,11 +107,11 @@ def _compile(
     types: dict[str, str] = {}
     for prefix, program in (("m", request.mask), ("x", request.score)):
         if program is not None:
-            types |= _types(prefix, program, deterministic)
+            types |= mod_types(prefix, program, deterministic)
     return compile_for(kernel, capability, dtype, constants, tile.num_warps, tile.num_stages, types)
 
 
-def _types(prefix: str, program: Program, deterministic: bool) -> dict[str, str]:
+def mod_types(prefix: str, program: Program, deterministic: bool) -> dict[str, str]:
     """The types of the parameters that a program adds to a kernel."""
     types = {}
     for slot, layout in enumerate(program.layouts):

@@ -52,7 +52,9 @@ def flex_attention(
         return_lse: also return the log-sum-exp of the scores.
         kernel_options: tiles to use instead of the tables: any of `packflex.attention.triton.tiles.OPTIONS`, such as
             `forward_block_m`, or with backend="hopper" of `packflex.attention.hopper.tiles.OPTIONS`.
-        return_aux: torch's `AuxRequest`; `AuxRequest(lse=True)` returns `(out, AuxOutput)`.
+        return_aux: torch's `AuxRequest`; `AuxRequest(lse=True)` returns `(out, AuxOutput)`. `max_scores`, the largest
+            score of each query [B, Hq, S] (sinks aside, -inf where it sees nothing), costs a forward of its own, has no
+            gradient, and is not to be had inside torch.compile.
         softcap: scores become `softcap * tanh(score / softcap)`, after `score_mod` (Gemma 2, arXiv 2408.00118).
         sinks: [Hq], a learned logit of each head that joins the softmax and carries no value (gpt-oss).
         deterministic: whether gradients must have the same bits in each run; None follows
@@ -97,6 +99,12 @@ def flex_attention(
             'backend="triton"'
         )
 
+    want_maxima = return_aux is not None and bool(getattr(return_aux, "max_scores", False))
+    if want_maxima and (torch.compiler.is_compiling() or backend == "torch"):
+        raise NotImplementedError(
+            "return_aux: max_scores is computed outside torch.compile, and by packflex's own backends; ask for it "
+            'outside the compiled part, with backend="triton" or None'
+        )
     if check_bounds:
         _check_bounds(query, key, mask, score_mod, scale)
     cap = 0.0 if softcap is None else float(softcap)
@@ -125,7 +133,11 @@ def flex_attention(
     if return_aux is not None:
         from torch.nn.attention.flex_attention import AuxOutput
 
-        return out, AuxOutput(lse=lse if return_aux.lse else None)
+        maxima = None
+        if want_maxima:
+            q, k, v = (x.detach() for x in (query, key, value))
+            maxima = _max_scores(q, k, v, mask, score_mod, scale, cap, backend)
+        return out, AuxOutput(lse=lse if return_aux.lse else None, max_scores=maxima)
     return (out, lse) if return_lse else out
 
 
@@ -199,13 +211,30 @@ def _as_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> BlockMask | N
 
 
 def _wants_lse(return_aux: Any) -> bool:
-    if return_aux is None:
-        return False
-    if getattr(return_aux, "max_scores", False):
-        raise NotImplementedError(
-            "return_aux: max_scores is not computed by packflex; use torch's flex_attention for it"
-        )
-    return bool(return_aux.lse)
+    return return_aux is not None and bool(return_aux.lse)
+
+
+@torch.no_grad()
+def _max_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask | None,
+    score_mod: ScoreMod | None,
+    scale: float,
+    softcap: float,
+    backend: str,
+) -> Tensor:
+    """The largest score of each query; nothing learns through it."""
+    if backend == "reference" and _intervals_only(mask, score_mod):
+        return reference.reference_max_scores(query, key, _intervals(mask, query, key)[0], scale, softcap)
+    if backend == "reference":
+        mask_mod = None if mask is None else mask.element_mod
+        return reference.dense_max_scores(query, key, mask_mod, score_mod, scale, softcap)
+    from packflex.attention.mods.function import max_scores_with_mods
+
+    intervals = None if _in_lists(mask) else _intervals(mask, query, key)
+    return max_scores_with_mods(query, key, value, mask, intervals, score_mod, scale, softcap, _long(mask, key))
 
 
 def _choose_backend(

@@ -115,6 +115,18 @@ def reference_forward(
     return out, lse
 
 
+def reference_max_scores(q: Tensor, k: Tensor, kv_intervals: Tensor, scale: float, softcap: float) -> Tensor:
+    """The largest score of each query [B, Hq, S], -inf where it sees nothing; arguments as `reference_forward`."""
+    dtype = _compute_dtype(q.dtype)
+    found = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
+    for chunk in attention_chunks(kv_intervals):
+        rows, keys = slice(chunk.q0, chunk.q1), slice(chunk.k0, chunk.k1)
+        q_c, k_c = _grouped(q, rows, chunk.b, k.shape[1], dtype), k[chunk.b, :, None, keys].to(dtype)
+        scores, _ = _chunk_scores(q_c, k_c, kv_intervals, chunk, scale, softcap)
+        found[chunk.b, :, rows] = scores.amax(-1).flatten(0, 1)
+    return found
+
+
 def _chunk_scores(
     q_c: Tensor, k_c: Tensor, kv_intervals: Tensor, chunk: Chunk, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -196,17 +208,8 @@ def dense_attention(
     score and before the softcap.
     """
     dtype = _compute_dtype(q.dtype)
-    groups = q.shape[1] // k.shape[1]
-    k_all, v_all = (x.to(dtype).repeat_interleave(groups, 1) for x in (k, v))
-    scores = (q.to(dtype) @ k_all.transpose(-1, -2)) * scale
-    indices = [torch.arange(n, device=q.device, dtype=torch.int32) for n in scores.shape]
-    seen = None if mask_mod is None else _over(mask_mod, "mask", dtype, None, indices)
-    if score_mod is not None:
-        scores = _over(score_mod, "score", dtype, scores, indices, seen).to(dtype).expand_as(scores)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -torch.inf)
+    scores = _dense_scores(q, k, mask_mod, score_mod, scale, softcap)
+    v_all = v.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)
     top = scores.amax(-1, keepdim=True).detach()
     top = top.masked_fill(top == -torch.inf, 0)
     weights = (scores - top).exp()
@@ -218,6 +221,29 @@ def dense_attention(
     total = torch.where(seeing, total, 1)
     lse = torch.where(seeing, total.log() + top, -torch.inf)[..., 0]
     return ((weights / total) @ v_all).to(q.dtype), lse
+
+
+def dense_max_scores(
+    q: Tensor, k: Tensor, mask_mod: MaskMod | None, score_mod: ScoreMod | None, scale: float, softcap: float
+) -> Tensor:
+    """As `reference_max_scores`, through the whole score matrix; arguments as `dense_attention`."""
+    return _dense_scores(q, k, mask_mod, score_mod, scale, softcap).amax(-1)
+
+
+def _dense_scores(
+    q: Tensor, k: Tensor, mask_mod: MaskMod | None, score_mod: ScoreMod | None, scale: float, softcap: float
+) -> Tensor:
+    """Scores [B, Hq, Q_LEN, KV_LEN], -inf where hidden."""
+    dtype = _compute_dtype(q.dtype)
+    k_all = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = (q.to(dtype) @ k_all.transpose(-1, -2)) * scale
+    indices = [torch.arange(n, device=q.device, dtype=torch.int32) for n in scores.shape]
+    seen = None if mask_mod is None else _over(mask_mod, "mask", dtype, None, indices)
+    if score_mod is not None:
+        scores = _over(score_mod, "score", dtype, scores, indices, seen).to(dtype).expand_as(scores)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
 
 
 def _over(

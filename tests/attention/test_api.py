@@ -105,8 +105,50 @@ def test_takes_torch_block_masks_and_aux_requests():
     expected, lse = flex_attention(q, k, v, block_mask=row, enable_gqa=True, return_lse=True)
     assert relative_error(out, expected) < 1e-6
     assert relative_error(aux.lse, lse) < 1e-6
-    with pytest.raises(NotImplementedError, match="max_scores"):
-        flex_attention(q, k, v, enable_gqa=True, return_aux=AuxRequest(max_scores=True))
+
+
+MODS = {
+    "none": None,
+    "bias": lambda s, b, h, q, kv: s - (q - kv).abs() / 9,
+    "nonlinear": lambda s, b, h, q, kv: torch.where(h > 1, s * s, -s),
+}
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("mod", MODS)
+@pytest.mark.parametrize("kind", ["none", "documents", "lists"])
+def test_the_largest_scores(kind, mod, softcap):
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    q, k, v = inputs()
+    batch, heads, length, dim = q.shape
+    mask = {
+        "none": None,
+        "documents": document_mask(PackedLayout.from_lengths([[5, length - 9]] * batch, length)),
+        "lists": create_block_mask(masks.dilated_window(4, 3), None, None, length, length, "cpu", 16),
+    }[kind]
+    scores = q.detach().double() @ k.detach().double().repeat_interleave(heads // k.shape[1], 1).mT * dim**-0.5
+    grids = torch.meshgrid(*(torch.arange(n) for n in scores.shape), indexing="ij")
+    if MODS[mod] is not None:
+        scores = MODS[mod](scores, *grids)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.mask_mod(*grids), -torch.inf)
+    for backend in ("reference", "triton"):
+        out, aux = flex_attention(
+            q, k, v, score_mod=MODS[mod], block_mask=mask, softcap=softcap, enable_gqa=True, backend=backend,
+            return_aux=AuxRequest(lse=True, max_scores=True),
+        )  # fmt: skip
+        assert not aux.max_scores.requires_grad
+        assert aux.max_scores.dtype == torch.float32
+        torch.testing.assert_close(aux.max_scores.double(), scores.amax(-1), rtol=2e-5, atol=2e-5)
+        plain = flex_attention(
+            q, k, v, score_mod=MODS[mod], block_mask=mask, softcap=softcap, enable_gqa=True, backend=backend
+        )
+        assert torch.equal(out, plain)
+    with pytest.raises(NotImplementedError, match=r"max_scores is computed outside torch\.compile"):
+        flex_attention(q, k, v, enable_gqa=True, backend="torch", return_aux=AuxRequest(max_scores=True))
 
 
 def test_output_is_laid_out_for_the_projection_that_follows():

@@ -49,6 +49,7 @@ class Request:
         gradients: whether captured tensors get theirs.
         softcap: whether the modified score is capped.
         rising: whether the scale is above 0, so that the largest product is the largest score.
+        maxima: whether the forward gives each row's largest score in the place of its lse.
     """
 
     score: Program | None
@@ -58,6 +59,7 @@ class Request:
     gradients: bool = False
     softcap: bool = False
     rising: bool = True
+    maxima: bool = False
 
     @property
     def lists(self) -> bool:

@@ -100,6 +100,7 @@ class Call:
     softcap: float
     tiles: list[int]
     long_spans: bool
+    maxima: bool = False
     request: Request = field(init=False)
 
     def __post_init__(self) -> None:
@@ -237,7 +238,7 @@ class _Launch:
             self.name, call.score and call.score.program, call.mask and call.mask.program, blocks.tile, blocks.ragged,
             self.gradients, tuple(tiles), call.q.dtype, call.q.shape[3], call.v.shape[3],
             call.q.shape[1] // call.k.shape[1], call.softcap > 0, call.q.device,
-            blocks.lists and blocks.tensors[0].shape[1] > 1,
+            blocks.lists and blocks.tensors[0].shape[1] > 1, call.maxima,
         )  # fmt: skip
         tile = _chosen.get(signature)
         if tile is None:
@@ -275,6 +276,7 @@ class _Launch:
             self.gradients,
             call.softcap > 0,
             call.scale > 0,
+            call.maxima,
         )
         kernel_name = f"mod_{self.name}"
         kernel = getattr(kernel_module(kernel_name, request), kernel_name)
@@ -282,7 +284,7 @@ class _Launch:
 
 
 def launch_forward(call: Call, blocks: Blocks, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, S, Dv] and lse float32 [B, Hq, S]."""
+    """out [B, Hq, S, Dv] and lse float32 [B, Hq, S], or with the call's `maxima` the largest scores."""
     q, k, v = call.q, call.k, call.v
     batch, heads, q_len, _ = q.shape
     out = new_bshd(q, v.shape[3])

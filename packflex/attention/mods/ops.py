@@ -105,6 +105,20 @@ def _(
     return new_bshd(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+@torch.no_grad()
+def mod_max_scores(
+    q: Tensor, k: Tensor, v: Tensor, kv_blocks: Sequence[Tensor], captures: Sequence[Tensor], ints: Sequence[int],
+    floats: Sequence[float], score_key: str, mask_key: str, mask_tile: Sequence[int], ragged: bool, scale: float,
+    softcap: float, long_spans: bool,
+) -> Tensor:  # fmt: skip
+    """The largest score of each query, float32 [B, Hq, S]: a forward of its own; arguments as `mod_attention`."""
+    from packflex.attention.mods.launch import launch_forward
+
+    call = _call(q, k, v, captures, ints, floats, score_key, mask_key, scale, softcap, [], long_spans)
+    call.maxima = True
+    return launch_forward(call, _blocks(kv_blocks, mask_tile, ragged), None)[1]
+
+
 @torch.library.custom_op("packflex::mod_attention_backward", mutates_args=())
 def mod_attention_backward(
     grad_out: Tensor,

@@ -172,10 +172,12 @@ def forward_text(request: Request) -> str:
         text += _row_loop(kernel, masked, body) + "\n"
     if kernel.log2:
         text += "    b_m = b_m * LN_2\n"
+    statistic = "tl.where(m_seen, b_top, float('-inf'))" if request.maxima else "b_lse"
     return (
         text
         + """
     m_seen = b_l > 0
+    b_top = b_m
     if HAS_SINKS:
         b_sink = tl.load(SINKS + o_head).to(tl.float32)
         b_top = tl.maximum(b_m, b_sink)
@@ -188,8 +190,8 @@ def forward_text(request: Request) -> str:
     b_out = b_acc / b_total[:, None]
     p_out = OUT + i_b * stride_ob + o_head64 * stride_oh + o_pos64 * stride_os
     tl.store(p_out + o_dv[None, :], b_out.to(OUT.dtype.element_ty), mask=m_row[:, None] & (o_dv < V_DIM)[None, :])
-    tl.store(LSE + (i_b * num_heads + o_head) * q_len + o_pos, b_lse, mask=m_row)
 """
+        + f"    tl.store(LSE + (i_b * num_heads + o_head) * q_len + o_pos, {statistic}, mask=m_row)\n"
     )
 
 

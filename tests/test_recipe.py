@@ -120,6 +120,17 @@ def test_a_resumed_run_goes_on_exactly(place, tmp_path):
         assert torch.equal(weight, rest["state_dict"][name]), name
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_with_dropout_are_resumed_exactly(place, tmp_path):
+    pytest.importorskip("peft")
+    settings = small(place, "peft=lora", "peft.lora_dropout=0.2", "callbacks.checkpoint.every_n_train_steps=4")
+    recipe.finetune(composed(tmp_path / "whole", *settings))
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-4.ckpt"
+    recipe.finetune(composed(tmp_path / "rest", *settings, f"ckpt_path={checkpoint}"))
+    whole, rest = (read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "rest"))
+    assert rest == ([4, 5], whole[1][4:]), "bitwise"
+
+
 def test_conversations_with_a_tokenizer_trained_on_them(place, tmp_path):
     settings = ["data=chat", f"data.path={place}/chat.jsonl", "tokenizer.vocab_size=280", "heldout.percent=0"]
     sizes = ["model.architecture.hidden_size=32", "model.architecture.num_hidden_layers=1"]

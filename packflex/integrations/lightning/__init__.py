@@ -6,6 +6,7 @@ from packflex.integrations.lightning.datamodule import PackedDataModule
 from packflex.integrations.lightning.guard import NonFiniteLossError, NonFiniteLossGuard
 from packflex.integrations.lightning.module import CausalLMModule
 from packflex.integrations.lightning.profile import ProfileSteps
+from packflex.integrations.lightning.random_state import KeepRandomState
 from packflex.integrations.lightning.resume import resume_loader
 from packflex.integrations.lightning.signals import SaveOnSignal
 from packflex.integrations.lightning.stream_datamodule import StreamDataModule
@@ -13,6 +14,7 @@ from packflex.integrations.lightning.stream_datamodule import StreamDataModule
 __all__ = [
     "CausalLMModule",
     "ContextParallel",
+    "KeepRandomState",
     "NonFiniteLossError",
     "NonFiniteLossGuard",
     "PackFlexCallback",

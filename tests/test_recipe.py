@@ -640,6 +640,8 @@ def test_a_sharded_checkpoint_that_is_replaced_is_whole_wherever_a_kill_comes(tm
     monkeypatch.setattr(ModelParallelStrategy, "barrier", lambda self: None)
     monkeypatch.setattr(ModelParallelStrategy, "is_global_zero", True)
     strategy = FullyShardedStrategy()
+    write(strategy, "half", path.with_name(".last.ckpt.writing"))
+    assert whole_copy(path) is None, "the first one, killed at any time"
     strategy.save_checkpoint("first", path)
     calls = []
 

@@ -1,6 +1,7 @@
 """Lightning: a callback that makes any LightningModule train on packed batches, and what the recipe is made of."""
 
 from packflex.integrations.lightning.callback import PackFlexCallback, is_out_of_memory
+from packflex.integrations.lightning.checkpoint_io import AtomicCheckpointIO
 from packflex.integrations.lightning.context_parallel import ContextParallel
 from packflex.integrations.lightning.datamodule import PackedDataModule
 from packflex.integrations.lightning.guard import NonFiniteLossError, NonFiniteLossGuard
@@ -12,6 +13,7 @@ from packflex.integrations.lightning.signals import SaveOnSignal
 from packflex.integrations.lightning.stream_datamodule import StreamDataModule
 
 __all__ = [
+    "AtomicCheckpointIO",
     "CausalLMModule",
     "ContextParallel",
     "KeepRandomState",

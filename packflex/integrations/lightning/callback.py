@@ -93,7 +93,7 @@ class PackFlexCallback(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on in the middle of an epoch that `max_steps` ended, instead of after it."""
         if trainer.state.fn == TrainerFn.FITTING:
-            reopen_epoch(checkpoint)
+            reopen_epoch(checkpoint, trainer.accumulate_grad_batches)
             self._loader_states = loader_states(checkpoint)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -346,6 +346,33 @@ def test_a_terminated_run_says_how_to_go_on(place, tmp_path):
     assert rest.steps == int(saved[1]) + 2
 
 
+def signalled(batch):
+    """A setting that sends SIGTERM to the run while it works on a batch."""
+    return f"+callbacks.kill={{_target_:tests.integrations.test_robust_runs.SendSignal,number:15,batch:{batch}}}"
+
+
+@pytest.mark.parametrize("validated", ["null", "2"])
+def test_a_run_resumed_in_its_folder_has_the_metrics_of_both_parts(place, tmp_path, monkeypatch, validated):
+    """After a signal, and once more after its end; also where Lightning validates as it stops."""
+    settings = small(place, "steps.total=8", f"trainer.val_check_interval={validated}")
+    recipe.finetune(composed(tmp_path / "whole", *settings, "trainer.max_steps=8"))
+    with pytest.raises(SystemExit):
+        recipe.finetune(composed(tmp_path / "parts", *settings, signalled(3)))
+    drawn = []
+    monkeypatch.setattr(recipe, "save_report", lambda *arguments: drawn.append(arguments[-1]))
+    for checkpoint, steps in (("interrupted", 6), ("last", 8)):
+        path = f"ckpt_path={tmp_path}/parts/checkpoints/{checkpoint}.ckpt"
+        recipe.finetune(composed(tmp_path / "parts", *settings, f"trainer.max_steps={steps}", path))
+    whole, parts = (read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "parts"))
+    assert parts == whole, "bitwise"
+    assert parts[0] == list(range(8))
+    steps, losses = read_metrics(tmp_path / "parts" / "metrics.csv", "val/loss")
+    assert steps == sorted(steps)
+    assert {0, 4, 6, 8} <= set(steps)
+    assert [step for step, _ in drawn[-1]] == [*sorted(step for step in steps if step < 6), 6, 8]
+    assert drawn[-1][0] == (0, losses[0])
+
+
 def test_a_nan_names_the_training_document(place, tmp_path, monkeypatch):
     config = composed(tmp_path, *small(place, "trainer.max_steps=30", "attention.leak_check=false"))
 

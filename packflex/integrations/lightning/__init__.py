@@ -5,6 +5,7 @@ from packflex.integrations.lightning.checkpoint_io import AtomicCheckpointIO
 from packflex.integrations.lightning.context_parallel import ContextParallel
 from packflex.integrations.lightning.datamodule import PackedDataModule
 from packflex.integrations.lightning.guard import NonFiniteLossError, NonFiniteLossGuard
+from packflex.integrations.lightning.metrics_file import continue_metrics
 from packflex.integrations.lightning.module import CausalLMModule
 from packflex.integrations.lightning.profile import ProfileSteps
 from packflex.integrations.lightning.random_state import KeepRandomState
@@ -24,6 +25,7 @@ __all__ = [
     "ProfileSteps",
     "SaveOnSignal",
     "StreamDataModule",
+    "continue_metrics",
     "is_out_of_memory",
     "resume_loader",
 ]

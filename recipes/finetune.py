@@ -160,9 +160,11 @@ def finetune(config: DictConfig) -> RunSummary:
     for guard in (c for c in callbacks if isinstance(c, NonFiniteLossGuard)):
         guard.name_document = DocumentNames(data)
     trainer.fit(module, rows, **resume)
-    for stopper in (c for c in callbacks if isinstance(c, SaveOnSignal) and c.checkpoint is not None):
-        _interrupted(stopper, trainer.global_step)
     steps = trainer.global_step
+    for stopper in (c for c in callbacks if isinstance(c, SaveOnSignal) and c.caught is not None):
+        if stopper.checkpoint is not None:
+            _interrupted(stopper, steps)
+        say("\n%s came during the last of %s steps, so the run ends as usual", stopper.caught.name, steps)
     out = Path(config.paths.output_dir)
     trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
     after = _heldout_loss(trainer, module, rows)

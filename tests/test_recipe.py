@@ -373,6 +373,19 @@ def test_a_run_resumed_in_its_folder_has_the_metrics_of_both_parts(place, tmp_pa
     assert drawn[-1][0] == (0, losses[0])
 
 
+@pytest.mark.parametrize("limit", ["trainer.max_steps=4", "trainer.max_epochs=1"])
+def test_a_signal_during_the_last_step_leaves_a_finished_run(place, tmp_path, limit, caplog):
+    epochs = [] if "steps" in limit else ["trainer.max_steps=-1"]
+    whole = recipe.finetune(composed(tmp_path / "whole", *small(place, *epochs, limit)))
+    with caplog.at_level(logging.INFO, "finetune"):
+        ended = recipe.finetune(composed(tmp_path / "ended", *small(place, *epochs, limit, signalled(whole.steps - 1))))
+    assert (ended.steps, ended.loss_end) == (whole.steps, whole.loss_end)
+    assert f"SIGTERM came during the last of {whole.steps} steps, so the run ends as usual" in caplog.text
+    assert "Go on" not in caplog.text
+    assert {"model", "report.html", "summary.json"} <= {file.name for file in (tmp_path / "ended").iterdir()}
+    assert [file.name for file in (tmp_path / "ended" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
 def test_a_nan_names_the_training_document(place, tmp_path, monkeypatch):
     config = composed(tmp_path, *small(place, "trainer.max_steps=30", "attention.leak_check=false"))
 

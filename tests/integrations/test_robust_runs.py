@@ -75,6 +75,30 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(tmp_path, num
     assert all(torch.equal(a, b) for a, b in zip(whole.gradients, second.gradients, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("limits", "batch"),
+    [
+        ({"max_steps": 3}, 2),
+        ({"max_steps": 2, "accumulate_grad_batches": 2}, 2),
+        ({"max_steps": -1, "max_epochs": 2}, -1),
+    ],
+    ids=["steps", "accumulated", "epochs"],
+)
+def test_a_signal_during_the_last_step_changes_nothing(tmp_path, limits, batch):
+    rows = packed_rows().select(range(6))
+    source = PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=2, seed=5)
+    last = batch if batch >= 0 else 2 * 3 - 1
+    for at, ends in ((last - limits.get("accumulate_grad_batches", 1), False), (last, True)):
+        stopper = SaveOnSignal(tmp_path)
+        fit = trainer(tmp_path, [stopper, SendSignal(signal.SIGTERM, at)], **limits)
+        fit.fit(CausalLMModule(tiny_model(), SGD), source)
+        assert stopper.caught == signal.SIGTERM
+        assert (stopper.checkpoint is None) is ends
+        assert (tmp_path / "interrupted.ckpt").exists() is not ends
+        assert fit.should_stop is not ends
+        (tmp_path / "interrupted.ckpt").unlink(missing_ok=True)
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     stopper = SaveOnSignal(tmp_path)
     stopper._handlers = {}

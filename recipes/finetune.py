@@ -173,7 +173,10 @@ def finetune(config: DictConfig) -> RunSummary:
         seen = rows.stream.report()
         count = seen["rows"]
         full = seen["tokens"] / max(1, seen["rows"] * config.packing.seq_len)
-        data = dataclasses.replace(data, num_documents=seen["documents"], efficiency=full)
+        notes = data.notes
+        if seen["passes"] > 1:
+            notes += (f"documents and rows are counted in each of {seen['passes']} passes over the stream",)
+        data = dataclasses.replace(data, num_documents=seen["documents"], efficiency=full, notes=notes)
     return _finish(config, trainer, model, data, count, [(first_step, before), (steps, after)])
 
 

@@ -549,8 +549,11 @@ def test_a_stream_is_trained_on_and_resumed_exactly(place, tmp_path):
     assert (whole.steps, whole.heldout_documents) == (16, 4)
     assert whole.loss_end < whole.loss_start
     assert 0.8 < whole.efficiency <= 1
+    assert whole.documents == sum(read_metrics(tmp_path / "whole" / "metrics.csv", "packing/documents")[1])
+    assert "documents and rows are counted in each of 4 passes over the stream" in whole.notes
     checkpoint = tmp_path / "whole" / "checkpoints" / "step-5.ckpt"
-    recipe.finetune(composed(tmp_path / "rest", *settings, f"ckpt_path={checkpoint}"))
+    rest = recipe.finetune(composed(tmp_path / "rest", *settings, f"ckpt_path={checkpoint}"))
+    assert (rest.documents, rest.rows, rest.efficiency) == (whole.documents, whole.rows, whole.efficiency)
     curves = [read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "rest")]
     assert curves[0][0] == list(range(16))
     assert curves[1] == (list(range(5, 16)), curves[0][1][5:]), "bitwise"

@@ -292,7 +292,7 @@ def step_curve(steps: Sequence[int], values: Sequence[float], label: str, title:
     """
     if len(steps) != len(values) or not len(steps):
         raise ValueError(f"steps and values must pair and not be empty; got {len(steps)} and {len(values)}")
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     figure, (axes,) = _figure(7.2, 3.0)
     axes.plot(steps, values, color=_BLUE, linewidth=1.2, marker="o" if len(steps) == 1 else None, zorder=2)
@@ -300,6 +300,8 @@ def step_curve(steps: Sequence[int], values: Sequence[float], label: str, title:
     shown = f"{middle:.2%}" if percent else f"{middle:,.0f}"
     axes.axhline(middle, color=_ORANGE, linewidth=1.2, linestyle="--", label=f"median {shown}", zorder=3)
     axes.set_ylim(0, 1.05 if percent else max(max(values), middle) * 1.1 or 1)
+    if not percent:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}" if percent else f"{y:,.0f}"))
     axes.set_xlabel("step")
     axes.set_ylabel(label)

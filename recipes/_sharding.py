@@ -56,8 +56,10 @@ def whole_copy(path: Path) -> Path | None:
     """Where a checkpoint is that a kill kept from its name; None when it has it, or there is none."""
     if path.exists():
         return None
-    copies = (path.with_name(f".{path.name}.{what}") for what in ("writing", "old"))
-    return next((copy for copy in copies if (copy / ".metadata").is_file() or copy.is_file()), None)
+    new, old = (path.with_name(f".{path.name}.{what}") for what in ("writing", "old"))
+    if not old.exists():
+        return None  # nothing was replaced, and the new one may be half written
+    return new if new.exists() else old
 
 
 def _remove(path: Path) -> None:

@@ -51,6 +51,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -65,6 +66,7 @@ from packflex.integrations.lightning import (
     PackedDataModule,
     SaveOnSignal,
     StreamDataModule,
+    continue_metrics,
     is_out_of_memory,
 )
 from packflex.integrations.lightning.shapes import token_cost
@@ -73,6 +75,7 @@ from packflex.report import (
     RunSummary,
     complete,
     prompt_of,
+    read_metrics,
     save_loss_picture,
     shortest,
     typical_document,
@@ -147,13 +150,21 @@ def finetune(config: DictConfig) -> RunSummary:
         rows = instantiate(config.datamodule)(data.train, data.heldout, pad_token_id=pad, token_cost=token_cost(model))
 
     resume: dict[str, Any] = {"ckpt_path": config.ckpt_path, "weights_only": True if config.ckpt_path else None}
-    before = _heldout_loss(trainer, module, rows, **resume)
+    if config.ckpt_path is None:
+        before = _heldout_loss(trainer, module, rows)
+    else:
+        trainer.loggers = []  # Lightning does not know the step yet
+        before = _heldout_loss(trainer, module, rows, **resume)
+        trainer.loggers = loggers
+        _go_on_logging(trainer, first_step, before)
     for guard in (c for c in callbacks if isinstance(c, NonFiniteLossGuard)):
         guard.name_document = DocumentNames(data)
     trainer.fit(module, rows, **resume)
-    for stopper in (c for c in callbacks if isinstance(c, SaveOnSignal) and c.checkpoint is not None):
-        _interrupted(stopper, trainer.global_step)
     steps = trainer.global_step
+    for stopper in (c for c in callbacks if isinstance(c, SaveOnSignal) and c.caught is not None):
+        if stopper.checkpoint is not None:
+            _interrupted(stopper, steps)
+        say("\n%s came during the last of %s steps, so the run ends as usual", stopper.caught.name, steps)
     out = Path(config.paths.output_dir)
     trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
     after = _heldout_loss(trainer, module, rows)
@@ -162,7 +173,10 @@ def finetune(config: DictConfig) -> RunSummary:
         seen = rows.stream.report()
         count = seen["rows"]
         full = seen["tokens"] / max(1, seen["rows"] * config.packing.seq_len)
-        data = dataclasses.replace(data, num_documents=seen["documents"], efficiency=full)
+        notes = data.notes
+        if seen["passes"] > 1:
+            notes += (f"documents and rows are counted in each of {seen['passes']} passes over the stream",)
+        data = dataclasses.replace(data, num_documents=seen["documents"], efficiency=full, notes=notes)
     return _finish(config, trainer, model, data, count, [(first_step, before), (steps, after)])
 
 
@@ -191,6 +205,17 @@ def _heldout_loss(
     return trainer.validate(module, rows, verbose=False, **resume)[0]["val/loss"]
 
 
+def _go_on_logging(trainer: L.Trainer, step: int, heldout: float | None) -> None:
+    """Keep what an earlier part of the run logged in this folder."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            continue_metrics(logger, step)
+        if heldout is not None:
+            logger.log_metrics({"val/loss": heldout}, step)
+
+
 def _finish(
     config: DictConfig,
     trainer: L.Trainer,
@@ -215,6 +240,8 @@ def _finish(
         model = model.merge_and_unload()
     state = whole_state(model)
     measured = [(step, loss) for step, loss in losses if loss is not None]
+    earlier = zip(*read_metrics(out / "metrics.csv", "val/loss"), strict=True)
+    measured = [(step, loss) for step, loss in earlier if step < losses[0][0]] + measured
     files["report"] = out / "report.html"
     if trainer.is_global_zero:
         model.save_pretrained(files["model"], state_dict=state)

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import OmegaConf
 
-from packflex.integrations.lightning import PackedDataModule, PackFlexCallback
+from packflex.integrations.lightning import AtomicCheckpointIO, PackedDataModule, PackFlexCallback
 from packflex.packing import plan_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,6 +134,7 @@ def check_trainer(config, name):
     assert config.trainer.context_parallel_size == 1
     trainer = instantiate(lightning_settings(config.trainer))
     assert trainer.world_size == 1
+    assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     strategies = {"ddp": "DDPStrategy", "fsdp": "FullyShardedStrategy"}
     assert type(trainer.strategy).__name__ == strategies.get(name, "SingleDeviceStrategy")
 

@@ -89,5 +89,7 @@ def test_step_curve():
     assert axes.get_legend().get_texts()[0].get_text() == "median 95.00%"
     assert axes.get_ylim() == (0, 1.05)
     assert step_curve([5], [0.0], "documents", "Documents").axes[0].get_ylim() == (0, 1)
+    ticks = step_curve([1, 2], [2.0, 3.0], "documents", "Documents").axes[0].get_yticks()
+    assert all(tick == int(tick) for tick in ticks), "no fractions, which would be shown as the same number twice"
     with pytest.raises(ValueError, match="must pair and not be empty; got 1 and 0"):
         step_curve([1], [], "x", "y")

@@ -120,6 +120,17 @@ def test_a_resumed_run_goes_on_exactly(place, tmp_path):
         assert torch.equal(weight, rest["state_dict"][name]), name
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_with_dropout_are_resumed_exactly(place, tmp_path):
+    pytest.importorskip("peft")
+    settings = small(place, "peft=lora", "peft.lora_dropout=0.2", "callbacks.checkpoint.every_n_train_steps=4")
+    recipe.finetune(composed(tmp_path / "whole", *settings))
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-4.ckpt"
+    recipe.finetune(composed(tmp_path / "rest", *settings, f"ckpt_path={checkpoint}"))
+    whole, rest = (read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "rest"))
+    assert rest == ([4, 5], whole[1][4:]), "bitwise"
+
+
 def test_conversations_with_a_tokenizer_trained_on_them(place, tmp_path):
     settings = ["data=chat", f"data.path={place}/chat.jsonl", "tokenizer.vocab_size=280", "heldout.percent=0"]
     sizes = ["model.architecture.hidden_size=32", "model.architecture.num_hidden_layers=1"]
@@ -335,6 +346,46 @@ def test_a_terminated_run_says_how_to_go_on(place, tmp_path):
     assert rest.steps == int(saved[1]) + 2
 
 
+def signalled(batch):
+    """A setting that sends SIGTERM to the run while it works on a batch."""
+    return f"+callbacks.kill={{_target_:tests.integrations.test_robust_runs.SendSignal,number:15,batch:{batch}}}"
+
+
+@pytest.mark.parametrize("validated", ["null", "2"])
+def test_a_run_resumed_in_its_folder_has_the_metrics_of_both_parts(place, tmp_path, monkeypatch, validated):
+    """After a signal, and once more after its end; also where Lightning validates as it stops."""
+    settings = small(place, "steps.total=8", f"trainer.val_check_interval={validated}")
+    recipe.finetune(composed(tmp_path / "whole", *settings, "trainer.max_steps=8"))
+    with pytest.raises(SystemExit):
+        recipe.finetune(composed(tmp_path / "parts", *settings, signalled(3)))
+    drawn = []
+    monkeypatch.setattr(recipe, "save_report", lambda *arguments: drawn.append(arguments[-1]))
+    for checkpoint, steps in (("interrupted", 6), ("last", 8)):
+        path = f"ckpt_path={tmp_path}/parts/checkpoints/{checkpoint}.ckpt"
+        recipe.finetune(composed(tmp_path / "parts", *settings, f"trainer.max_steps={steps}", path))
+    whole, parts = (read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "parts"))
+    assert parts == whole, "bitwise"
+    assert parts[0] == list(range(8))
+    steps, losses = read_metrics(tmp_path / "parts" / "metrics.csv", "val/loss")
+    assert steps == sorted(steps)
+    assert {0, 4, 6, 8} <= set(steps)
+    assert [step for step, _ in drawn[-1]] == [*sorted(step for step in steps if step < 6), 6, 8]
+    assert drawn[-1][0] == (0, losses[0])
+
+
+@pytest.mark.parametrize("limit", ["trainer.max_steps=4", "trainer.max_epochs=1"])
+def test_a_signal_during_the_last_step_leaves_a_finished_run(place, tmp_path, limit, caplog):
+    epochs = [] if "steps" in limit else ["trainer.max_steps=-1"]
+    whole = recipe.finetune(composed(tmp_path / "whole", *small(place, *epochs, limit)))
+    with caplog.at_level(logging.INFO, "finetune"):
+        ended = recipe.finetune(composed(tmp_path / "ended", *small(place, *epochs, limit, signalled(whole.steps - 1))))
+    assert (ended.steps, ended.loss_end) == (whole.steps, whole.loss_end)
+    assert f"SIGTERM came during the last of {whole.steps} steps, so the run ends as usual" in caplog.text
+    assert "Go on" not in caplog.text
+    assert {"model", "report.html", "summary.json"} <= {file.name for file in (tmp_path / "ended").iterdir()}
+    assert [file.name for file in (tmp_path / "ended" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
 def test_a_nan_names_the_training_document(place, tmp_path, monkeypatch):
     config = composed(tmp_path, *small(place, "trainer.max_steps=30", "attention.leak_check=false"))
 
@@ -498,8 +549,11 @@ def test_a_stream_is_trained_on_and_resumed_exactly(place, tmp_path):
     assert (whole.steps, whole.heldout_documents) == (16, 4)
     assert whole.loss_end < whole.loss_start
     assert 0.8 < whole.efficiency <= 1
+    assert whole.documents == sum(read_metrics(tmp_path / "whole" / "metrics.csv", "packing/documents")[1])
+    assert "documents and rows are counted in each of 4 passes over the stream" in whole.notes
     checkpoint = tmp_path / "whole" / "checkpoints" / "step-5.ckpt"
-    recipe.finetune(composed(tmp_path / "rest", *settings, f"ckpt_path={checkpoint}"))
+    rest = recipe.finetune(composed(tmp_path / "rest", *settings, f"ckpt_path={checkpoint}"))
+    assert (rest.documents, rest.rows, rest.efficiency) == (whole.documents, whole.rows, whole.efficiency)
     curves = [read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "rest")]
     assert curves[0][0] == list(range(16))
     assert curves[1] == (list(range(5, 16)), curves[0][1][5:]), "bitwise"
@@ -629,6 +683,8 @@ def test_a_sharded_checkpoint_that_is_replaced_is_whole_wherever_a_kill_comes(tm
     monkeypatch.setattr(ModelParallelStrategy, "barrier", lambda self: None)
     monkeypatch.setattr(ModelParallelStrategy, "is_global_zero", True)
     strategy = FullyShardedStrategy()
+    write(strategy, "half", path.with_name(".last.ckpt.writing"))
+    assert whole_copy(path) is None, "the first one, killed at any time"
     strategy.save_checkpoint("first", path)
     calls = []
 

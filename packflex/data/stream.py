@@ -118,6 +118,7 @@ class PackedStream:
             raise ValueError(f"lanes must be at least world_size={world_size}, so that no rank goes empty; got {lanes}")
         self._states: dict[int, dict[str, Any]] = {}
         self._live: dict[int, _Lane] = {}  # lanes of this process, when there are no workers
+        self._counted: dict[int, Mapping[str, Any]] = {}  # of each lane, in this pass, up to its last batch
         self._delivered = 0  # batches of this epoch
         self._resuming = False
 
@@ -152,30 +153,28 @@ class PackedStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the batches delivered so far: every rank must call this at the same step."""
-        lanes = {
-            number: self._live[number].state() if number in self._live else self._states.get(number, _fresh_state(0))
-            for number in self._mine()
-        }
-        if self.world_size > 1 and _is_distributed():
-            gathered: list[Any] = [None] * self.world_size
-            torch.distributed.all_gather_object(gathered, lanes)
-            lanes = {number: state for part in gathered for number, state in part.items()}
         return {
-            "lanes": lanes,
+            "lanes": self._of_all_ranks({number: self._state(number) for number in self._mine()}),
             "num_lanes": self.lanes,
             "delivered": self._delivered,
             **{name: getattr(self, name) for name in _SAME_ON_RESUME},
         }
 
     def report(self) -> dict[str, int]:
-        """Rows of this pass so far, and documents and tokens in them, over all ranks; pieces of a document count each.
+        """Rows so far, documents and tokens in them, and passes over the source, that under way included.
 
-        Every rank must call this at the same step. With workers some of the last batches are not counted yet.
+        Over all ranks and passes; pieces of a document count each, and a document counts in each pass. Every rank must
+        call this at the same step.
         """
-        reports = [lane["report"] for lane in self.state_dict()["lanes"].values()]
-        return {
-            name: sum(report[key] for report in reports)
-            for name, key in (("rows", "rows"), ("documents", "in rows"), ("tokens", "tokens in rows"))
+        lanes = {}
+        for number in self._mine():
+            state = self._state(number)
+            counted = _together(state.get("before", {}), self._counted.get(number, state["report"]))
+            lanes[number] = {"pass": state["pass"], **counted}
+        counts = list(self._of_all_ranks(lanes).values())
+        names = (("rows", "rows"), ("documents", "in rows"), ("tokens", "tokens in rows"))
+        return {name: sum(count[key] for count in counts) for name, key in names} | {
+            "passes": 1 + max(count["pass"] for count in counts)
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -216,7 +215,7 @@ class PackedStream:
             self._lane(known, lanes, state["lanes"][known]).require_same_source()
         self.lanes = lanes
         self._states = {number: state["lanes"][number] for number in mine}
-        self._live = {}
+        self._live, self._counted = {}, {}
         self._delivered = state["delivered"]
         self._resuming = self.num_batches is None or self._delivered < self.num_batches
 
@@ -239,6 +238,7 @@ class PackedStream:
                     raise batch
                 assert lane == number, "a feed gives its lanes in the order in which they are asked for"
                 turn[number] = (turn[number][0] + 1, batch is None)
+                self._counted[number] = report
                 if state is not None:
                     self._states[number] = state
                 elif number in self._states:
@@ -275,9 +275,24 @@ class PackedStream:
         )
 
     def _begin_next_pass(self, mine: list[int]) -> None:
-        done = {n: self._live[n].epoch if n in self._live else self._states[n]["pass"] for n in mine}
-        self._states = {n: _fresh_state(number + 1) for n, number in done.items()}
-        self._live = {}
+        done = {n: self._state(n) for n in mine}
+        self._states = {
+            n: {**_fresh_state(state["pass"] + 1), "before": _together(state.get("before", {}), state["report"])}
+            for n, state in done.items()
+        }
+        self._live, self._counted = {}, {}
+
+    def _state(self, number: int) -> dict[str, Any]:
+        """Where a lane of this rank stands."""
+        return self._live[number].state() if number in self._live else self._states.get(number, _fresh_state(0))
+
+    def _of_all_ranks(self, lanes: dict[int, Any]) -> dict[int, Any]:
+        """What every rank knows of its lanes."""
+        if self.world_size == 1 or not _is_distributed():
+            return lanes
+        gathered: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, lanes)
+        return {number: known for part in gathered for number, known in part.items()}
 
     def _turn(self, number: int) -> tuple[int, bool]:
         """Batches that a lane gave in this pass, and whether it is over."""
@@ -351,6 +366,7 @@ class _Lane:
         self.source = source.shard(parts, part) if hasattr(source, "shard") else copy.copy(source)
         self.epoch, self.batches, self.over = state["pass"], state["batches"], state["over"]
         self.report: dict[str, Any] = {**_NOTHING, **state["report"]}
+        self.before: Mapping[str, int] = state.get("before", {})  # what earlier passes came to
         self._first: list[str] = list(state.get("first", ()))
         self._read = state["read"]
         self._start: dict[str, Any] | None = state["source"]
@@ -489,6 +505,7 @@ class _Lane:
             "read": self._read,
             "source": source,
             "report": dict(self.report),
+            "before": dict(self.before),
             "first": list(self._first),
             "ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
@@ -524,12 +541,17 @@ class _Feed(IterableDataset[Any]):
             except DataError as error:
                 if not self.snapshots:
                     raise
-                yield lane.number, error, None, lane.report  # a worker's exceptions come with its traceback as text
+                yield (
+                    lane.number,
+                    error,
+                    None,
+                    dict(lane.report),
+                )  # a worker's exceptions come with its traceback as text
                 return
             if not rows:
                 active.remove(lane)
             state = lane.state() if self.snapshots and (first or not rows) else None
-            yield lane.number, (self.collate(rows) if rows else None), state, lane.report
+            yield lane.number, (self.collate(rows) if rows else None), state, dict(lane.report)
 
 
 def _read_as_in_the_main_process() -> None:
@@ -552,6 +574,11 @@ def _fresh_state(number: int) -> dict[str, Any]:
         "report": dict(_NOTHING), "first": [],
         "ids": nothing, "labels": nothing, "lengths": nothing.long(),
     }  # fmt: skip
+
+
+def _together(before: Mapping[str, int], report: Mapping[str, Any]) -> dict[str, int]:
+    """What a lane's rows come to over several passes."""
+    return {key: before.get(key, 0) + report.get(key, 0) for key in ("rows", "in rows", "tokens in rows")}
 
 
 def _tokens(document: Mapping[str, Any], name: str) -> _Piece:

@@ -113,10 +113,31 @@ def test_packed_on_ranks_with_workers_every_document_comes_once_and_resumes(stre
 
 
 def test_the_report_counts_what_is_in_rows(stream):
-    packed = PackedStream(stream, PackedCollator(64), 2, seq_len=64, num_batches=6, pool=16)
-    batches = list(packed)
-    documents, tokens = (sum(getattr(b["packed"], f"num_{what}") for b in batches) for what in ("documents", "tokens"))
-    assert packed.report() == {"rows": 12, "documents": documents, "tokens": tokens}
+    """Over several passes, batch by batch, with and without workers, and after a resume."""
+
+    def begin(workers, state=None):
+        packed = PackedStream(
+            stream, PackedCollator(64), 2, seq_len=64, num_batches=60, pool=16, num_workers=workers, lanes=2
+        )
+        if state is not None:
+            packed.load_state_dict(state)
+        return packed
+
+    def follow(packed, expected):
+        for batch in packed:
+            layout = batch["packed"]
+            expected["rows"] += sum(1 for row in layout.lengths if sum(row))
+            expected["documents"] += layout.num_documents
+            expected["tokens"] += layout.num_tokens
+            assert {**packed.report(), "passes": 0} == {**expected, "passes": 0}
+            yield packed.report()["passes"]
+
+    for workers in (0, 1):
+        packed, expected = begin(workers), dict.fromkeys(("rows", "documents", "tokens"), 0)
+        passes = list(islice(follow(packed, expected), 45))
+        assert passes == sorted(passes)
+        assert passes[0] == 1 < passes[-1]
+        assert list(follow(begin(1 - workers, packed.state_dict()), expected))[-1] >= passes[-1]
 
 
 def test_the_fingerprint_follows_files_tokenizer_and_options(place, tokenizer, stream, tmp_path):

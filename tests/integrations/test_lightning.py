@@ -221,6 +221,20 @@ def test_callback_logs_what_the_batch_holds(tmp_path):
     assert losses[0] == pytest.approx(exact_gradients(module.model, rows)[0], rel=1e-5)
 
 
+def test_callback_logs_what_the_accumulated_batches_of_a_step_hold(tmp_path):
+    """Also where an epoch of 7 batches ends with a step of one."""
+    rows = packed_rows().select(range(7))
+    recorder = Recorder()
+    data = PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=1, order="sequential")
+    options = {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 3}
+    trainer(tmp_path, [PackFlexCallback(), recorder], **options).fit(CausalLMModule(tiny_model(), SGD), data)
+    seen = [recorder.metrics[batch] for batch in (2, 5, 6, 9, 12, 13)]
+    steps = 2 * [rows.select(range(3)), rows.select(range(3, 6)), rows.select([6])]
+    assert [step["packing/documents"] for step in seen] == [sum(map(len, step["lengths"])) for step in steps]
+    efficiencies = [sum(map(sum, step["lengths"])) / (len(step) * SEQ_LEN) for step in steps]
+    assert [step["packing/efficiency"] for step in seen] == pytest.approx(efficiencies)
+
+
 class LeakyAttention(torch.nn.Module):
     """A module of the user's own that forgets its block mask in the second half of training code."""
 

@@ -157,6 +157,33 @@ def test_a_run_that_max_steps_ended_goes_on_within_its_epoch(tmp_path, make, lim
     assert runner.current_epoch == 3
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_such_a_run_logs_the_steps_that_come_next(tmp_path, accumulate):
+    """Also where a validation is due at the step where it stopped, which Lightning does not repeat."""
+
+    class Logs(L.pytorch.loggers.CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            steps.append(step)
+
+    class Validates(Notes):
+        def training_step(self, batch, batch_idx):
+            self.log("loss", 1.0)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    both = PackedDataModule(ROWS, ROWS, seq_len=4, batch_size=1, seed=3)
+    options = {"accumulate_grad_batches": accumulate, "val_check_interval": accumulate, "log_every_n_steps": 1}
+    steps, runs = [], []
+    for until in (3, 6):
+        runs.append(trainer(tmp_path, [CALLBACK()], max_steps=until, logger=Logs(tmp_path), **options))
+        resumed = {"ckpt_path": tmp_path / "end.ckpt", "weights_only": False} if runs[1:] else {}
+        runs[-1].fit(Validates(tmp_path), both, **resumed)
+        runs[-1].save_checkpoint(tmp_path / "end.ckpt")
+    assert steps == list(range(6))
+
+
 def test_without_the_callback_such_a_run_is_refused(tmp_path):
     runner, _ = fit(tmp_path / "before", data(), max_steps=7)
     runner.save_checkpoint(tmp_path / "end.ckpt")

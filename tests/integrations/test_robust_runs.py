@@ -3,17 +3,20 @@
 import logging
 import os
 import re
+import resource
 import signal
+import tempfile
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 import torch.multiprocessing as mp
-from lightning.fabric.utilities.cloud_io import _atomic_save
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from packflex import PackedLayout
 from packflex.integrations.lightning import (
+    AtomicCheckpointIO,
     CausalLMModule,
     NonFiniteLossError,
     NonFiniteLossGuard,
@@ -70,6 +73,30 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(tmp_path, num
     assert second.losses == whole.losses[-steps:], "bitwise"
     assert second.losses != first.losses[:steps]
     assert all(torch.equal(a, b) for a, b in zip(whole.gradients, second.gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("limits", "batch"),
+    [
+        ({"max_steps": 3}, 2),
+        ({"max_steps": 2, "accumulate_grad_batches": 2}, 2),
+        ({"max_steps": -1, "max_epochs": 2}, -1),
+    ],
+    ids=["steps", "accumulated", "epochs"],
+)
+def test_a_signal_during_the_last_step_changes_nothing(tmp_path, limits, batch):
+    rows = packed_rows().select(range(6))
+    source = PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=2, seed=5)
+    last = batch if batch >= 0 else 2 * 3 - 1
+    for at, ends in ((last - limits.get("accumulate_grad_batches", 1), False), (last, True)):
+        stopper = SaveOnSignal(tmp_path)
+        fit = trainer(tmp_path, [stopper, SendSignal(signal.SIGTERM, at)], **limits)
+        fit.fit(CausalLMModule(tiny_model(), SGD), source)
+        assert stopper.caught == signal.SIGTERM
+        assert (stopper.checkpoint is None) is ends
+        assert (tmp_path / "interrupted.ckpt").exists() is not ends
+        assert fit.should_stop is not ends
+        (tmp_path / "interrupted.ckpt").unlink(missing_ok=True)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -230,25 +257,55 @@ def test_out_of_memory_names_the_settings(tmp_path):
     assert "fewer rows a batch (batch_size)" in error.value.__notes__[0]
 
 
-def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
-    """Lightning writes to a file beside it and renames: a write that dies leaves the old checkpoint as it was."""
-    path = tmp_path / "last.ckpt"
-    fit = trainer(tmp_path, max_steps=1)
+def files_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_checkpoints_are_written_in_their_own_folder(tmp_path, monkeypatch):
+    """Those of callbacks and of signals too: a temporary folder may lie on another disk, or be full."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+    saves = ModelCheckpoint(tmp_path / "out", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [saves, SaveOnSignal(tmp_path / "out"), SendSignal(signal.SIGTERM, 1)]
+    options = {"max_steps": 4, "enable_checkpointing": True, "plugins": [AtomicCheckpointIO()]}
+    fit = trainer(tmp_path, callbacks, **options)
     fit.fit(CausalLMModule(tiny_model(), SGD), data())
-    fit.save_checkpoint(path)
-    good = path.read_bytes()
+    fit.save_checkpoint(tmp_path / "new" / "last.ckpt")
+    assert files_in(tmp_path / "out") == {"step=1.ckpt", "step=2.ckpt", "interrupted.ckpt"}
+    assert files_in(tmp_path / "new") == {"last.ckpt"}
+    for name, step in {"out/step=1.ckpt": 1, "out/interrupted.ckpt": 2, "new/last.ckpt": 2}.items():
+        assert torch.load(tmp_path / name, weights_only=True)["global_step"] == step
 
-    import fsspec.implementations.local as local
 
-    class Full(local.LocalFileOpener):
-        def write(self, content):
-            super().write(content[: len(content) // 2])
-            raise OSError(28, "No space left on device")
+def save_in_too_little_room(path, action):
+    """In a process of its own: files may have 100 kB there, and what happens to one that grows beyond is `action`."""
+    signal.signal(signal.SIGXFSZ, action)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(10**6)}, path)
+    except OSError as error:
+        raise SystemExit(7 if error.filename == str(path) else 8) from error
 
-    monkeypatch.setattr(local, "LocalFileOpener", Full)
-    with pytest.raises(OSError, match="No space left"):
-        _atomic_save({"weights": torch.ones(1000)}, path)
-    assert path.read_bytes() == good
+
+@pytest.mark.parametrize(
+    ("action", "code", "left"),
+    [(signal.SIG_DFL, -signal.SIGXFSZ, {".last.ckpt.partial"}), (signal.SIG_IGN, 7, set())],
+    ids=["killed", "disk full"],
+)
+@pytest.mark.parametrize("there", [True, False], ids=["over an old one", "first"])
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, action, code, left, there):
+    path = tmp_path / "last.ckpt"
+    if there:
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(3)}, path)
+    process = mp.get_context("fork").Process(target=save_in_too_little_room, args=(path, action))
+    process.start()
+    process.join()
+    assert process.exitcode == code
+    assert files_in(tmp_path) == left | ({"last.ckpt"} if there else set())
+    if there:
+        assert torch.load(path)["weights"].tolist() == [0, 0, 0]
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(2)}, path)
+    assert torch.load(path)["weights"].tolist() == [1, 1]
+    assert files_in(tmp_path) == {"last.ckpt"}
 
 
 def test_profile(tmp_path):

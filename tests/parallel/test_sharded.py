@@ -2,6 +2,7 @@
 
 import lightning as L
 import pytest
+import torch
 
 from packflex.models import SetupError
 from tests.parallel import scenarios
@@ -34,6 +35,7 @@ def test_one_and_two_ranks_have_the_same_losses(place):
 @pytest.mark.parametrize("began", [1, 2])
 def test_a_checkpoint_goes_on_on_another_number_of_ranks(place, began):
     assert (checkpoint_of(place, began) / ".metadata").is_file(), "a folder that every rank wrote its part of"
+    assert len(torch.load(checkpoint_of(place, began) / "meta.pt")["KeepRandomState"]) == began, "a state for each rank"
     whole, rest = found(place, began, "fsdp"), found(place, 3 - began, f"fsdp_from_{began}")
     assert rest["steps"] == list(range(STOP, STEPS))
     assert rest["losses"] == pytest.approx(whole["losses"][STOP:], rel=1e-4)

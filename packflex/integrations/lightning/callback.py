@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
 import lightning as L
@@ -38,9 +39,9 @@ class PackFlexCallback(L.Callback):
     `packflex.flex_attention`. It switches the models' attention at `setup`, builds the masks of each batch once on the
     device for all layers, checks before the first training batch that documents do not leak, and logs throughput.
 
-    Logs `packing/efficiency`; summed over all ranks, `packing/documents` of the batch, `throughput/tokens_per_second`
-    (tokens of documents, not padding) and `throughput/documents_per_second`; and where the device's peak and the
-    model's shape are known, `throughput/mfu`, from the exact FLOPs of each batch.
+    Logs `packing/efficiency` of the optimizer step; summed over all ranks, `packing/documents` of the step,
+    `throughput/tokens_per_second` (tokens of documents, not padding) and `throughput/documents_per_second`; and where
+    the device's peak and the model's shape are known, `throughput/mfu`, from the exact FLOPs of each batch.
 
     Args:
         backend: of `packflex.flex_attention`: "hopper", "triton", "torch" or "reference"; the best for the device when
@@ -68,6 +69,8 @@ class PackFlexCallback(L.Callback):
         self._forward = forward
         self._window = window
         self._throughput = Throughput(window)
+        self._step = 0
+        self._accumulated: list[tuple[int, float]] = []  # documents and efficiency of each batch since the last step
         self._model: torch.nn.Module | None = None
         self._windows: set[int | None] = {None}
         self._attention: AttentionShape | None = None
@@ -93,12 +96,13 @@ class PackFlexCallback(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on in the middle of an epoch that `max_steps` ended, instead of after it."""
         if trainer.state.fn == TrainerFn.FITTING:
-            reopen_epoch(checkpoint)
+            reopen_epoch(checkpoint, trainer.accumulate_grad_batches)
             self._loader_states = loader_states(checkpoint)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the weights, once they exist, and see to it that a resumed loader and Lightning count alike."""
         self._parameters = matmul_parameters(pl_module)
+        self._step, self._accumulated = trainer.global_step, []
         self._loader = trainer.train_dataloader
         states, self._loader_states = self._loader_states, []
         resumable = isinstance(self._loader, PackedLoader | PackedStream) and not isinstance(
@@ -168,14 +172,15 @@ class PackFlexCallback(L.Callback):
         flops = self._flops(packed)
         self._throughput.update(time.perf_counter(), packed.num_tokens, packed.num_documents, flops)
         many = trainer.world_size > 1
-        pl_module.log("packing/efficiency", packed.efficiency, prog_bar=True, sync_dist=many)
-        pl_module.log("packing/documents", float(packed.num_documents), reduce_fx="sum", sync_dist=many)
+        documents, efficiency = self._of_step(trainer, packed)
+        pl_module.log("packing/efficiency", efficiency, prog_bar=True, sync_dist=many)
+        pl_module.log("packing/documents", float(documents), reduce_fx="sum", sync_dist=many)
         rates = self._throughput.rates()
         if rates is None:
             return
-        tokens, documents, flops = rates
-        pl_module.log("throughput/tokens_per_second", tokens, prog_bar=True, reduce_fx="sum", sync_dist=many)
-        pl_module.log("throughput/documents_per_second", documents, reduce_fx="sum", sync_dist=many)
+        tokens_rate, documents_rate, flops = rates
+        pl_module.log("throughput/tokens_per_second", tokens_rate, prog_bar=True, reduce_fx="sum", sync_dist=many)
+        pl_module.log("throughput/documents_per_second", documents_rate, reduce_fx="sum", sync_dist=many)
         peak = peak_flops(pl_module.device)
         if peak is not None and flops:
             pl_module.log("throughput/mfu", flops / peak, prog_bar=True, sync_dist=many)
@@ -193,6 +198,14 @@ class PackFlexCallback(L.Callback):
             else:
                 document_mask(packed, causal=True, window=window)
         return packed
+
+    def _of_step(self, trainer: L.Trainer, packed: PackedLayout | ShardedLayout) -> tuple[int, float]:
+        """Documents of the accumulated batches and their efficiency, this one's included; the step's at its end."""
+        self._accumulated.append((packed.num_documents, packed.efficiency))
+        documents, efficiencies = zip(*self._accumulated, strict=True)
+        if trainer.global_step != self._step:
+            self._step, self._accumulated = trainer.global_step, []
+        return sum(documents), fmean(efficiencies)
 
     def _flops(self, packed: PackedLayout | ShardedLayout) -> float:
         """Forward and backward FLOPs of a batch; 0 when the model's shape is not known."""

@@ -47,10 +47,15 @@ def resume_loader(loader: Any, ckpt_path: str | Path) -> None:
     loader.load_state_dict(states[0])
 
 
-def reopen_epoch(checkpoint: dict[str, Any]) -> None:
+def reopen_epoch(checkpoint: dict[str, Any], accumulate: int) -> None:
     """Take back, in a checkpoint, that an epoch is over which `max_steps` or a stop ended in its middle.
 
-    A run that goes on from it then begins with the rest of that epoch, and not with a next one.
+    It is then as one that was saved when its last batch ended: a run that goes on from it begins with the rest of that
+    epoch, and not with a next one, and counts the steps that it logs from there.
+
+    Args:
+        checkpoint: of Lightning's, changed in place.
+        accumulate: batches of an optimizer step.
     """
     fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
     is_cut = any(state.get("started") and state.get("consumed", 0) < state.get("num_rows", 0)
@@ -63,6 +68,10 @@ def reopen_epoch(checkpoint: dict[str, Any]) -> None:
     for part in (progress["total"], progress["current"]):
         part["processed"] -= 1
         part["completed"] = min(part["completed"], part["processed"])
+    for part in (batches["total"], batches["current"]):
+        part["completed"] = part["processed"] - 1
+    if batches["current"]["ready"] % accumulate == 0:
+        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning adds it when it begins
 
 
 def steps_to_come(

@@ -17,16 +17,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 class SaveOnSignal(L.Callback):
     """On SIGINT, SIGTERM or SIGUSR2, finish the optimizer step, save a checkpoint, and stop training.
 
-    A second Ctrl-C stops at once, without a checkpoint. Over several ranks a signal to any of them stops all at the
-    same step, on GPUs one step later. Lightning's own handling of them is set aside while training runs.
+    During the last step of `max_steps` or `max_epochs` there is nothing left to go on with: training ends as it would
+    have. A second Ctrl-C stops at once, without a checkpoint. Over several ranks a signal to any of them stops all at
+    the same step, on GPUs one step later. Lightning's own handling of them is set aside while training runs.
 
     Args:
         dirpath: folder of `interrupted.ckpt`; the trainer's `default_root_dir` when None.
 
     Attributes:
-        caught: the signal that stopped the run, None when none did.
+        caught: the signal that came, None when none did.
         checkpoint: the checkpoint that was saved for it: `trainer.fit(..., ckpt_path=callback.checkpoint)` goes on
-            with the batch that would have come next.
+            with the batch that would have come next. None when no signal came, or in the last step.
     """
 
     def __init__(self, dirpath: str | Path | None = None) -> None:
@@ -51,7 +52,7 @@ class SaveOnSignal(L.Callback):
         if trainer.global_step == self._step or self.checkpoint is not None:
             return  # in the middle of accumulation, gradients would be lost
         self._step = trainer.global_step
-        if not self._anyone(trainer):
+        if _is_over(trainer) or not self._anyone(trainer):
             return
         folder = Path(trainer.default_root_dir if self.dirpath is None else self.dirpath)
         self.checkpoint = folder / "interrupted.ckpt"
@@ -87,3 +88,11 @@ class SaveOnSignal(L.Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+
+
+def _is_over(trainer: L.Trainer) -> bool:
+    """Whether the step that ended was the run's last."""
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return True
+    epochs = trainer.max_epochs
+    return trainer.is_last_batch and epochs is not None and 0 <= epochs <= trainer.current_epoch + 1

@@ -49,6 +49,7 @@ from packflex.data.write import (
     output_folder,
     pack_fingerprint,
     put_back,
+    remove,
     shard_writer,
     work_folder,
 )
@@ -144,7 +145,7 @@ def build_packed(
         except BaseException:
             run.leave()
             raise
-        shutil.rmtree(work)
+        remove(work)
     return manifest
 
 

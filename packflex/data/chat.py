@@ -58,7 +58,7 @@ class ChatEncoder:
                 "Jinja file (chat_template=, --chat-template FILE), or an instruct model's tokenizer"
             )
         self._special = frozenset(self.tokenizer.all_special_ids)
-        self._written_calls: set[Any] = set()  # kinds of turns whose tool calls the template was seen to write
+        self._written_calls: set[str] = set()  # kinds of turns whose tool calls the template was seen to write
 
     def encode(
         self, messages: list[dict[str, Any]], tools: Tools = None, source: str = "conversation"
@@ -95,7 +95,7 @@ class ChatEncoder:
         silent: set[int] = set()
         for turn in assistant:
             if not self._says_something(messages, turn, tools, source):
-                silent |= set(self._runs_of(turn, messages, words, tools, source))
+                silent |= set(self._silent_runs(turn, messages, words, tools, source))
         labels = [IGNORED] * len(ids)
         for number in set(kept) - silent:
             run = runs[number]
@@ -112,23 +112,29 @@ class ChatEncoder:
     def _runs_of(
         self, turn: int, messages: list[dict[str, Any]], words: list[list[int]], tools: Tools, source: str
     ) -> range:
-        """Which of the marked runs, whose tokens are `words`, are a turn's: those that it adds to the turns before."""
-        ends = []
-        for end in (turn, turn + 1):
-            found = words
-            if end == 0:
-                found = []
-            elif end < len(messages):
-                earlier, spans = self._marked(messages[:end], tools, source)
-                found = [earlier[span.start : span.stop] for span in spans]
-            if found != words[: len(found)]:
-                raise DataError(
-                    f"{source}: the chat template of {tokenizer_name(self.tokenizer)} writes the turns before message "
-                    f"{end} differently when others follow, so the words of message {turn} cannot be told apart; leave "
-                    "turns out in which the assistant says nothing, or mark the template otherwise"
-                )
-            ends.append(len(found))
-        return range(*ends)
+        """Which of the marked runs, whose tokens are `words`, are a turn's: those that change when its words do."""
+        other = [*messages[:turn], _reworded(messages[turn]), *messages[turn + 1 :]]
+        ids, runs = self._marked(other, tools, source)
+        found = [ids[run.start : run.stop] for run in runs]
+        before = _common(words, found)
+        after = _common(words[before:][::-1], found[before:][::-1])
+        return range(before, len(words) - after)
+
+    def _silent_runs(
+        self, turn: int, messages: list[dict[str, Any]], words: list[list[int]], tools: Tools, source: str
+    ) -> range:
+        """`_runs_of` a turn that says nothing: they hold end marks and no word.
+
+        Raises:
+            DataError: a run that it shares with another turn.
+        """
+        runs = self._runs_of(turn, messages, words, tools, source)
+        if any(str(self.tokenizer.decode(words[i], skip_special_tokens=True)).strip() for i in runs):
+            raise DataError(
+                f"{source}: the assistant says nothing in message {turn}, and the chat template of "
+                f"{tokenizer_name(self.tokenizer)} marks it together with other words; leave the message out"
+            )
+        return runs
 
     def _encode_turn_by_turn(
         self, messages: list[dict[str, Any]], assistant: list[int], tools: Tools, source: str
@@ -203,31 +209,39 @@ class ChatEncoder:
     def _require_written_calls(self, messages: list[dict[str, Any]], tools: Tools, source: str) -> None:
         """See that the template writes what the assistant calls; many forget it without a word, in some turns or all.
 
-        Looked at once for turns of a kind: with words or thoughts or without, with one call or more, last or not.
+        Looked at once for turns of a kind: with words or thoughts or without, with one call or more, by what follows.
 
         Raises:
-            DataError: a template that does not.
+            DataError: a template that leaves out their names or their arguments.
         """
         for turn, message in enumerate(messages):
             if message["role"] != "assistant" or not message.get("tool_calls"):
                 continue
             calls = message["tool_calls"]
+            roles = [m["role"] for m in messages]
             kind = (
-                frozenset(key for key, value in message.items() if value), min(len(calls), 2), bool(tools),
-                turn == len(messages) - 1, messages[turn - 1]["role"] if turn else None,
+                frozenset((key, type(value)) for key, value in message.items() if value), min(len(calls), 2),
+                bool(tools), roles[turn - 1 : turn], roles[turn + 1 : turn + 2],
             )  # fmt: skip
-            if kind in self._written_calls:
+            key = repr(kind)
+            if key in self._written_calls:
                 continue
-            other = {**message, "tool_calls": [*calls[:-1], _renamed(calls[-1])]}
-            others = [*messages[:turn], other, *messages[turn + 1 :]]
-            texts = [self._apply(each, tools, source, tokenize=False) for each in (messages, others)]
-            if texts[0] == texts[1]:
-                raise DataError(
-                    f"{source}: the assistant calls tools in message {turn}, and the chat template of "
-                    f"{tokenizer_name(self.tokenizer)} does not write these 'tool_calls', so they would be lost; give "
-                    "a template that does (chat_template=, --chat-template FILE), or leave such conversations out"
-                )
-            self._written_calls.add(kind)
+            for what, changed in (("names", _renamed(calls[-1])), ("arguments", _rewritten(calls[-1]))):
+                if changed == calls[-1]:
+                    continue
+                other = {**message, "tool_calls": [*calls[:-1], changed]}
+                try:
+                    text = self._apply([*messages[:turn], other, *messages[turn + 1 :]], tools, source, tokenize=False)
+                except DataError:  # a template that refuses another call looks at it
+                    continue
+                if text == self._apply(messages, tools, source, tokenize=False):
+                    raise DataError(
+                        f"{source}: the assistant calls tools in message {turn}, and the chat template of "
+                        f"{tokenizer_name(self.tokenizer)} does not write the {what} of these 'tool_calls', so they "
+                        "would be lost; give a template that does (chat_template=, --chat-template FILE), or leave "
+                        "such conversations out"
+                    )
+            self._written_calls.add(key)
 
     def _apply(self, messages: list[dict[str, Any]], tools: Tools, source: str, **options: Any) -> Any:
         import jinja2  # here and not above: only conversations need templates
@@ -257,6 +271,39 @@ def _renamed(call: Any) -> Any:
     if isinstance(inner, dict):
         return {**call, "function": {**inner, "name": f"{inner.get('name')}_"}}
     return {**call, "name": f"{call.get('name')}_"}
+
+
+def _rewritten(call: Any) -> Any:
+    """A tool call with other arguments; itself where it has none."""
+    if not isinstance(call, dict):
+        return call
+    inner = call.get("function")
+    if isinstance(inner, dict):
+        return {**call, "function": _rewritten(inner)}
+    given = call.get("arguments")
+    if isinstance(given, dict) and given:
+        return {**call, "arguments": {f"{key}_": value for key, value in given.items()}}
+    return {**call, "arguments": f"{given}_"} if isinstance(given, str) and given else call
+
+
+def _reworded(message: dict[str, Any]) -> dict[str, Any]:
+    """A turn with other words, thoughts and calls."""
+    other = {"content": message.get("content") or "", **message}
+    for key, value in other.items():
+        if key in ("role", "name"):
+            continue
+        if isinstance(value, str) or value is None:
+            other[key] = f"{value or ''}a"
+        elif key == "tool_calls":
+            other[key] = [_rewritten(_renamed(call)) for call in value]
+        elif isinstance(value, list):
+            other[key] = [{**x, "text": f"{x['text']}a"} if isinstance(x, dict) and "text" in x else x for x in value]
+    return other
+
+
+def _common(one: list[Any], other: list[Any]) -> int:
+    """How many elements at the beginning of two lists are the same."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 @lru_cache(maxsize=8)

@@ -296,7 +296,7 @@ def _shown(value: Any) -> str:
 
 def _refuse_padding(dataset: Dataset, lengths: np.ndarray) -> None:
     """Padding is no text: it would be trained on, and packed as if it were."""
-    if "attention_mask" not in dataset.column_names:
+    if "attention_mask" not in dataset.column_names or not len(dataset):
         return
     kind = dataset.data.schema.field("attention_mask").type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

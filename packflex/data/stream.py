@@ -12,7 +12,7 @@ import copy
 import hashlib
 import logging
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -594,7 +594,7 @@ def _tokens(document: Mapping[str, Any], name: str) -> _Piece:
         raise DataError(f"{name}: the document is empty; leave empty documents out of the stream")
     if "attention_mask" in document:
         shown = document["attention_mask"]
-        if shown is None or (len(shown) if isinstance(shown, Sized) else -1) != len(ids):
+        if np.ndim(shown) == 0 or len(shown) != len(ids):
             raise DataError(
                 f"{name}: 'attention_mask' must hold a number for each of the {len(ids)} tokens; tokenise again, or "
                 "remove the column where nothing is padded"

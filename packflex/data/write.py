@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ ROWS_SCHEMA_VERSION = 2
 _COLUMNS = ("input_ids", "labels", "lengths")
 _SHARD_BYTES = 512 * 2**20  # of Arrow memory
 _ROWS_AT_ONCE = 256
+_log = logging.getLogger(__name__)
 _REPLACED = "replaced"  # in the work folder: the data set that another takes the place of, for a moment
 _DISCARDED = "discarded"  # the same, once the other is in its place
 
@@ -198,7 +200,7 @@ def write_packed(
             shutil.rmtree(aside, ignore_errors=True)
             # what a run of `packflex pack` keeps there is its own
             if all(path.name == "lock" for path in work.iterdir()):
-                shutil.rmtree(work)
+                remove(work)
     return manifest
 
 
@@ -444,7 +446,10 @@ def pack_fingerprint(
 def output_folder(output: str | Path) -> Path:
     """The folder that `output` names; where that is a link to one, what it links to, which is then replaced."""
     folder = Path(output).expanduser()
-    return folder.resolve() if folder.is_symlink() and folder.exists() else folder
+    if not folder.is_symlink():
+        return folder
+    linked = folder.resolve()
+    return linked if linked.exists() or is_replacing(work_folder(linked)) else folder
 
 
 def work_folder(folder: Path) -> Path:
@@ -485,7 +490,6 @@ def move_into_place(aside: Path, folder: Path, overwrite: bool, work: Path) -> N
 
 def put_back(work: Path, folder: Path) -> None:
     """Undo what a kill left half-done in `move_into_place`."""
-    shutil.rmtree(work / _DISCARDED, ignore_errors=True)
     if not (work / _REPLACED).exists():
         return
     if folder.exists():
@@ -501,8 +505,17 @@ def is_replacing(work: Path) -> bool:
 
 def _discard(work: Path) -> None:
     """Remove the replaced data set; renamed first, so that half of it is never taken for the whole."""
-    os.rename(work / _REPLACED, work / _DISCARDED)
-    shutil.rmtree(work / _DISCARDED)
+    aside = work / f"{_DISCARDED}-{os.urandom(4).hex()}"
+    os.rename(work / _REPLACED, aside)
+    remove(aside)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder that is of no use any more, or say what is left of it: what it was for has been done."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        _log.warning("%s could not be removed whole (%s); remove it", folder, one_line(error))
 
 
 def shard_writer(path: Path, file_format: FileFormat) -> Any:

@@ -476,9 +476,14 @@ def test_what_is_noted_of_a_shard_may_be_damaged(source, tmp_path, tokenizer, co
     assert contents(out) == contents(whole)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_kill_while_a_data_set_is_replaced_loses_neither(source, tmp_path, tokenizer, monkeypatch, at):
+@pytest.mark.parametrize(("at", "linked"), [(1, False), (2, False), (2, True), (3, False)])
+def test_a_kill_while_a_data_set_is_replaced_loses_neither(source, tmp_path, tokenizer, monkeypatch, at, linked):
     out = tmp_path / "out"
+    if linked:
+        (tmp_path / "link").symlink_to(out)
+        out, named = tmp_path / "out", tmp_path / "link"
+    else:
+        named = out
     pack(source, out, tokenizer)
     first = contents(out)
     calls = []
@@ -495,14 +500,14 @@ def test_a_kill_while_a_data_set_is_replaced_loses_neither(source, tmp_path, tok
     with monkeypatch.context() as patch:
         patch.setattr("packflex.data.write.os.rename", counted)
         with pytest.raises(KilledError):
-            pack(source, out, tokenizer, seq_len=64, overwrite=True)
+            pack(source, named, tokenizer, seq_len=64, overwrite=True)
     pack(source, tmp_path / "fresh", tokenizer, seq_len=64)
     with pytest.raises(DataError, match="is there already"):
-        pack(source, out, tokenizer, seq_len=64)
+        pack(source, named, tokenizer, seq_len=64)
     assert contents(out) == (first if at < 3 else contents(tmp_path / "fresh"))
-    pack(source, out, tokenizer, seq_len=64, overwrite=True)
+    pack(source, named, tokenizer, seq_len=64, overwrite=True)
     assert contents(out) == contents(tmp_path / "fresh")
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} <= {"out", "fresh", "hf"}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} <= {"out", "link", "fresh", "hf"}
 
 
 def test_a_link_to_a_data_set_stays_a_link_when_that_is_replaced(source, tmp_path, tokenizer):
@@ -517,6 +522,23 @@ def test_a_link_to_a_data_set_stays_a_link_when_that_is_replaced(source, tmp_pat
         pack(source, link, tokenizer)
     assert {path.name for path in tmp_path.iterdir()} <= {"disk", "link", "fresh", "hf", source.name}
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_removed_stops_no_run(source, tmp_path, tokenizer, monkeypatch, caplog):
+    """Such as a file of the replaced set that a training run still maps over NFS."""
+    out = tmp_path / "out"
+    pack(source, out, tokenizer)
+
+    def stuck(path, *arguments, real=shutil.rmtree, **options):
+        if "discarded" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr("packflex.data.write.shutil.rmtree", stuck)
+    for length in (64, 128):
+        pack(source, out, tokenizer, seq_len=length, overwrite=True)
+        assert json.loads((out / "manifest.json").read_text())["seq_len"] == length
+    assert "could not be removed whole" in caplog.text
 
 
 def test_folders_of_like_names_are_nobody_else_s_business(source, tmp_path, tokenizer):

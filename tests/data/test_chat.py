@@ -197,7 +197,8 @@ def test_calls_that_the_template_does_not_write_are_refused(plain):
     silent = CHATML.replace("{% for m", "{% if tools %}{{ tools[0].function.name }}{% endif %}{% for m", 1)
     for template in (CHATML, MARKED, silent):
         with pytest.raises(
-            DataError, match=r"talk.jsonl:3: the assistant calls tools in message 2, .* not write these 'tool_calls'"
+            DataError,
+            match=r"talk.jsonl:3: the assistant calls tools in message 2, .* not write the names of",
         ):
             encode(plain, template, calls, tools=schema)
     encode(plain, TOOLS, calls, tools=schema)
@@ -251,18 +252,35 @@ def test_a_turn_may_have_several_marked_runs(plain):
     assert "".join(learned(asked, thought, asked, empty, turns="last")) == ""
 
 
-def test_marks_of_earlier_turns_that_change_are_refused_where_they_are_needed(plain):
-    """Thoughts are written in the last turn alone: which run is whose cannot be counted."""
+def test_turns_are_told_apart_where_templates_write_the_last_one_otherwise(plain):
+    """Thoughts are written in the last turn alone, which must end the conversation."""
     forgetful = THINKING.replace("m.reasoning_content or ''", "m.reasoning_content if loop.last else ''")
+    forgetful = (
+        "{% if messages[-1].role != 'assistant' or messages[0].role == 'assistant' %}"
+        "{{ raise_exception('must end with the assistant') }}{% endif %}" + forgetful
+    )
     asked = {"role": "user", "content": "two plus two?"}
     thought = {"role": "assistant", "content": "four", "reasoning_content": "six"}
-    with pytest.raises(
-        DataError, match=r"talk.jsonl:3: the chat template of .* writes the turns before message \d diff"
-    ):
-        encode(plain, forgetful, [asked, thought, {"role": "assistant", "content": ""}])
     empty = {"role": "assistant", "content": ""}
-    assert "".join(spoken(plain, encode(plain, forgetful, [asked, thought, asked, empty])[1])) == "four"
-    assert "".join(spoken(plain, encode(plain, forgetful, [asked, thought, asked, thought])[1])) == "foursixfour"
+
+    def learned(*messages, turns="all"):
+        return "".join(spoken(plain, encode(plain, forgetful, list(messages), turns)[1]))
+
+    assert learned(asked, thought, asked, thought) == "foursixfour"
+    assert learned(asked, thought, asked, thought, turns="last") == "sixfour"
+    assert learned(asked, thought, thought, turns="last") == "sixfour"
+    assert learned(asked, thought, asked, empty) == "four"
+    assert learned(asked, empty, asked, thought) == "sixfour"
+
+
+def test_marks_that_two_turns_share_are_refused(plain):
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
+        "{% endgeneration %}{% else %}<user>{{ m.content }}{% endif %}{% endfor %}"
+    )
+    talk = [TALK[1], TALK[2], {"role": "assistant", "content": ""}]
+    with pytest.raises(DataError, match=r"talk.jsonl:3: the assistant says nothing in message 2, .* leave the message"):
+        encode(plain, template, talk)
 
 
 def test_calls_that_a_template_writes_in_some_turns_only(plain):
@@ -278,10 +296,29 @@ def test_calls_that_a_template_writes_in_some_turns_only(plain):
     calls = [{"type": "function", "function": {"name": "weather", "arguments": {"x": 1}}}]
     asked = {"role": "user", "content": "two plus two?"}
     chat.encode([asked, {"role": "assistant", "content": "", "tool_calls": calls}])
-    with pytest.raises(DataError, match=r"in message 1, and the chat template of .* does not write these"):
+    with pytest.raises(DataError, match=r"in message 1, and the chat template of .* does not write the names of"):
         chat.encode([asked, {"role": "assistant", "content": "let me", "tool_calls": calls}])
 
 
 def test_tools_that_are_no_schemas(plain):
     with pytest.raises(DataError, match=r"talk.jsonl:3: the chat template of .* or its tools .*; fix the record or"):
         encode(plain, TOOLS, tools=[1, 2])
+
+
+def test_arguments_that_a_template_leaves_out(plain):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }}("
+        "{{ c.arguments }}){% endfor %}{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {"x": 1}}}]
+    with pytest.raises(DataError, match="does not write the arguments of these 'tool_calls'"):
+        encode(plain, template, [TALK[1], {"role": "assistant", "content": "", "tool_calls": calls}])
+
+
+def test_a_template_that_knows_its_tools(plain):
+    """It refuses the call with another name that packflex tries."""
+    template = TOOLS.replace("call {{", "{% if m.tool_calls[0].function.name != 'weather' %}"
+                             "{{ raise_exception('unknown tool') }}{% endif %}call {{")  # fmt: skip
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {"x": 1}}}]
+    encode(plain, template, [TALK[1], {"role": "assistant", "content": "", "tool_calls": calls}])

@@ -184,6 +184,7 @@ def test_documents_longer_than_a_row(caplog):
         ({"input_ids": [3, 4], "labels": None}, "'labels' is missing .null.; remove the document or tokenise it again"),
         ({"input_ids": [3, 0], "attention_mask": [1, 0]}, "is padded .its attention_mask has zeros.: tokenise without"),
         ({"input_ids": [3, 4], "attention_mask": [1]}, "'attention_mask' must hold a number for each of the 2 tokens"),
+        ({"input_ids": [3, 4], "attention_mask": np.array(1)}, "'attention_mask' must hold a number for each of the 2"),
         ({"input_ids": [3, 4], "attention_mask": []}, "'attention_mask' must hold a number for each of the 2 tokens"),
         ({"input_ids": [3, 4], "attention_mask": None}, "'attention_mask' must hold a number for each of the 2 tokens"),
         ({"input_ids": [3, 4], "attention_mask": [1, 2]}, "'attention_mask' holds 2, and says 1 of a token and 0 of"),

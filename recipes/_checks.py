@@ -108,7 +108,7 @@ def check_checkpoint(path: str | None, max_steps: int) -> int:
         Optimizer steps done so far, 0 without a checkpoint.
 
     Raises:
-        SetupError: no such file or (sharded) folder, a file that is no checkpoint, or one of a run that is over.
+        SetupError: no such file or (sharded) folder, a file that is no checkpoint, or one of a longer run.
     """
     if path is None:
         return 0
@@ -130,7 +130,7 @@ def check_checkpoint(path: str | None, max_steps: int) -> int:
         steps = _loaded(path)["global_step"]
     except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise SetupError(f"{path}: no checkpoint of this recipe; give one such as checkpoints/last.ckpt") from error
-    if 0 <= max_steps <= steps:
+    if 0 <= max_steps < steps:
         raise SetupError(
             f"{path}: this run has done its {steps} steps, and trainer.max_steps={max_steps}; raise trainer.max_steps "
             "to go on"

@@ -45,6 +45,7 @@ from _checks import (
 from _cluster import join_ranks
 from _data import DocumentNames, PackedSplits, is_stream, prepare, say
 from _sharding import ShardedCausalLMModule, whole_state
+from _signals import StopSignals
 from datasets import Dataset
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -103,11 +104,16 @@ EXPECTED = (
 
 def finetune(config: DictConfig) -> RunSummary:
     """Run a config: pack, measure, train, measure again, save."""
+    with StopSignals() as signals:
+        return _finetune(config, signals)
+
+
+def _finetune(config: DictConfig, signals: StopSignals) -> RunSummary:
     check_settings(config)
     join_ranks(config)
     first_step = check_checkpoint(config.ckpt_path, config.trainer.max_steps)
     L.seed_everything(config.seed, verbose=False)
-    callbacks = [instantiate(c) for c in config.callbacks.values() if c]
+    callbacks = [signals, *(instantiate(c) for c in config.callbacks.values() if c)]
     loggers = [instantiate(c) for c in config.logger.values() if c]
     sharing = config.trainer.context_parallel_size
     if is_stream(config):
@@ -165,9 +171,14 @@ def finetune(config: DictConfig) -> RunSummary:
         if stopper.checkpoint is not None:
             _interrupted(stopper, steps)
         say("\n%s came during the last of %s steps, so the run ends as usual", stopper.caught.name, steps)
-    out = Path(config.paths.output_dir)
-    trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
-    after = _heldout_loss(trainer, module, rows)
+    if config.ckpt_path is not None and steps == first_step:  # of a run that was over, and whose model is wanted
+        checkpoint, after = Path(config.ckpt_path), before
+        signals.trained(checkpoint)
+    else:
+        checkpoint = Path(config.paths.output_dir) / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(checkpoint)
+        signals.trained(checkpoint)
+        after = _heldout_loss(trainer, module, rows)
     count = len(data.train) if isinstance(data.train, Dataset) else 0
     if isinstance(rows, StreamDataModule) and rows.stream is not None:
         seen = rows.stream.report()
@@ -177,7 +188,7 @@ def finetune(config: DictConfig) -> RunSummary:
         if seen["passes"] > 1:
             notes += (f"documents and rows are counted in each of {seen['passes']} passes over the stream",)
         data = dataclasses.replace(data, num_documents=seen["documents"], efficiency=full, notes=notes)
-    return _finish(config, trainer, model, data, count, [(first_step, before), (steps, after)])
+    return _finish(config, trainer, model, data, count, [(first_step, before), (steps, after)], checkpoint)
 
 
 def lightning_settings(trainer: DictConfig) -> DictConfig:
@@ -223,6 +234,7 @@ def _finish(
     data: PackedSplits,
     rows: int,
     losses: list[tuple[int, float | None]],
+    checkpoint: Path,
 ) -> RunSummary:
     """Save the model and the pictures, and sum the run up. Every rank takes part: weights may be shared out."""
     out = Path(config.paths.output_dir)
@@ -232,7 +244,7 @@ def _finish(
     prompt, completion = complete(
         model, data.tokenizer, prompt_of(probe["input_ids"], probe["labels"]), **config.sample
     )
-    files = {"checkpoint": out / "checkpoints" / "last.ckpt", "model": out / "model", "config": out / "config.yaml"}
+    files = {"checkpoint": checkpoint, "model": out / "model", "config": out / "config.yaml"}
     if config.peft._target_ is not None:
         files["adapter"] = out / "adapter"
         if trainer.is_global_zero:

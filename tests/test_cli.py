@@ -187,6 +187,23 @@ def test_doctor_fails_when_attention_is_wrong(run, monkeypatch):
     assert "attention is wrong on this machine" in err
 
 
+@pytest.mark.parametrize(
+    ("refusal", "backends"),
+    [(None, ["hopper", "hopper", "triton", "triton"]), ("it needs a Hopper card", ["triton", "triton"])],
+)
+def test_doctor_checks_the_backend_that_it_names(monkeypatch, refusal, backends):
+    import torch
+
+    from packflex import doctor
+    from packflex.attention.hopper import support
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(support, "card_refusal", lambda: refusal)
+    monkeypatch.setattr(doctor, "_check", lambda backend, device, dtype: (backend, device))
+    assert doctor.backend_and_reason()[0] == backends[0]
+    assert doctor.check_numerics() == [*((backend, "cuda") for backend in backends), ("reference", "cpu")]
+
+
 def test_doctor_names_the_backend_that_runs():
     import torch
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import multiprocessing
+import os
 import re
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from omegaconf import OmegaConf
 from packflex.data.errors import DataError
 from packflex.data.tokenizer import train_tokenizer
 from packflex.integrations.lightning import NonFiniteLossError
+from packflex.integrations.lightning.signals import SIGNALS
 from packflex.models import SetupError, build_model
 from packflex.report import read_metrics
 
@@ -31,6 +34,7 @@ import finetune as recipe  # noqa: E402
 from _checks import check_checkpoint, one_line_of  # noqa: E402
 from _data import load_splits, prepare  # noqa: E402
 from _sharding import FullyShardedStrategy, whole_copy  # noqa: E402
+from _signals import StopSignals  # noqa: E402
 
 disable_progress_bars()
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -261,9 +265,9 @@ def test_a_gpu_that_is_not_there(place, tmp_path, monkeypatch):
 
 
 def test_checkpoints_that_do_not_fit(place, tmp_path):
-    recipe.finetune(composed(tmp_path, *small(place, "trainer.max_steps=1")))
+    recipe.finetune(composed(tmp_path, *small(place, "trainer.max_steps=2")))
     checkpoint = f"ckpt_path={tmp_path}/checkpoints/last.ckpt"
-    with pytest.raises(SetupError, match=r"has done its 1 steps, and trainer\.max_steps=1; raise"):
+    with pytest.raises(SetupError, match=r"has done its 2 steps, and trainer\.max_steps=1; raise"):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "trainer.max_steps=1")))
     with pytest.raises(SetupError, match=r"a checkpoint of another model: model\.lm_head\.weight has shape"):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "model.path=null")))
@@ -384,6 +388,63 @@ def test_a_signal_during_the_last_step_leaves_a_finished_run(place, tmp_path, li
     assert "Go on" not in caplog.text
     assert {"model", "report.html", "summary.json"} <= {file.name for file in (tmp_path / "ended").iterdir()}
     assert [file.name for file in (tmp_path / "ended" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def signalled_outside(number, validation="null"):
+    return (
+        "+callbacks.kill={_target_:tests.integrations.test_robust_runs.SignalOutside,"
+        f"number:{number.value},validation:{validation}}}"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_before_the_first_step_ends_with_its_code_and_a_line(place, tmp_path, caplog, number):
+    handlers = [signal.getsignal(n) for n in SIGNALS]
+    with caplog.at_level(logging.INFO, "finetune"), pytest.raises(SystemExit) as stopped:
+        recipe.finetune(composed(tmp_path, *small(place, signalled_outside(number, 1))))
+    assert stopped.value.code == 128 + number
+    assert f"Stopped by {number.name} before the first step, so there is nothing to save" in caplog.text
+    assert not (tmp_path / "checkpoints").exists()
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
+
+
+@pytest.mark.parametrize(
+    ("limit", "validation"),
+    [("trainer.max_steps=4", 2), ("trainer.max_epochs=1", 3), ("trainer.max_steps=4", "null")],
+    ids=["in the last validation", "after an epoch", "as training ends"],
+)
+def test_a_signal_after_training_leaves_a_checkpoint_whose_model_can_be_had(place, tmp_path, caplog, limit, validation):
+    epochs = [] if "steps" in limit else ["trainer.max_steps=-1"]
+    settings = small(place, *epochs, limit)
+    whole = recipe.finetune(composed(tmp_path / "whole", *settings))
+    with caplog.at_level(logging.INFO, "finetune"), pytest.raises(SystemExit) as stopped:
+        recipe.finetune(composed(tmp_path / "parts", *settings, signalled_outside(signal.SIGTERM, validation)))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    checkpoint = tmp_path / "parts" / "checkpoints" / "last.ckpt"
+    advice = f"after training. The same command and ckpt_path={checkpoint} saves the model"
+    assert f"Stopped by SIGTERM {advice}" in caplog.text
+    assert not (tmp_path / "parts" / "model").exists()
+
+    before = checkpoint.read_bytes()
+    rest = recipe.finetune(composed(tmp_path / "parts", *settings, f"ckpt_path={checkpoint}"))
+    assert (rest.steps, rest.loss_end) == (whole.steps, whole.loss_end)
+    assert checkpoint.read_bytes() == before
+    model, expected = (build_model(tmp_path / part / "model").state_dict() for part in ("parts", "whole"))
+    assert all(torch.equal(model[name], weight) for name, weight in expected.items())
+    curves = [read_metrics(tmp_path / part / "metrics.csv", "train/loss") for part in ("parts", "whole")]
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize(("number", "ended"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_a_worker_process_leaves_ctrl_c_to_the_run(number, ended):
+    with StopSignals():
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+    os.kill(worker.pid, number)
+    worker.join(2)
+    assert (worker.exitcode == -number) is ended
+    worker.kill()
+    worker.join()
 
 
 def test_a_nan_names_the_training_document(place, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from packflex import document_mask, flex_attention, pack_dataset
-from packflex.data.collate import PackedCollator
+from packflex.data.collate import PackedCollator, PaddedCollator
 from packflex.data.stream import PackedStream
 from packflex.integrations.lightning import CausalLMModule, PackedDataModule, PackFlexCallback
 from packflex.integrations.transformers import enable_packflex
@@ -153,6 +153,34 @@ def test_two_ranks_give_the_gradient_of_the_one_big_batch(tmp_path, weighting):
         accumulate_grad_batches=2,
     )
     fit.fit(CausalLMModule(tiny_model(), SGD, loss_weighting=weighting), data)
+    saved = torch.load(path)
+    assert saved["loss"] == pytest.approx(expected_loss, rel=1e-5)
+    for ours, exact in zip(saved["gradients"], expected, strict=True):
+        assert torch.allclose(ours, exact, rtol=1e-4, atol=1e-6)
+
+
+class PaddedByRank(L.LightningDataModule):
+    """Batches of other shapes on each rank: packed rows all have one."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def train_dataloader(self):
+        at = 2 * self.trainer.global_rank
+        return torch.utils.data.DataLoader(self.rows[at : at + 2], batch_size=2, collate_fn=PaddedCollator())
+
+
+@pytest.mark.slow
+def test_ranks_with_batches_of_other_shapes_have_the_same_gradient(tmp_path):
+    documents = [torch.arange(1, n + 1).tolist() for n in (40, 36, 9, 7)]
+    rows = [{"input_ids": ids, "labels": ids, "lengths": [len(ids)]} for ids in documents]
+    path = tmp_path / "gradients.pt"
+    fit = trainer(
+        tmp_path, [SaveGradients(path)], devices=2, strategy="ddp_fork", max_steps=1, use_distributed_sampler=False
+    )
+    fit.fit(CausalLMModule(tiny_model(), SGD), PaddedByRank(rows))
+    expected_loss, expected = exact_gradients(tiny_model(), rows)
     saved = torch.load(path)
     assert saved["loss"] == pytest.approx(expected_loss, rel=1e-5)
     for ours, exact in zip(saved["gradients"], expected, strict=True):

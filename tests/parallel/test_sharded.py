@@ -50,8 +50,8 @@ def test_nothing_half_written_is_left(place):
 def test_what_a_sharded_checkpoint_is_refused_for(place, tmp_path):
     checkpoint = checkpoint_of(place, 2)
     assert check_checkpoint(str(checkpoint), -1) == STOP
-    with pytest.raises(SetupError, match=rf"has done its {STOP} steps, and trainer\.max_steps={STOP}; raise"):
-        check_checkpoint(str(checkpoint), STOP)
+    with pytest.raises(SetupError, match=rf"has done its {STOP} steps, and trainer\.max_steps={STOP - 1}; raise"):
+        check_checkpoint(str(checkpoint), STOP - 1)
     alone = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_steps=1)
     with pytest.raises(SetupError, match="a sharded checkpoint, which only trainer=fsdp goes on from"):
         check_sharded(str(checkpoint), alone)

@@ -62,7 +62,7 @@ class CausalLMModule(L.LightningModule):
             raise ValueError(f'loss="{loss}" cannot be had with this model: {reason}; use loss="logits"')
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
-        self._unit = 0  # tokens of a batch, padding included: keeps the summed loss near 1, the same on every rank
+        self._unit = 0  # about the tokens of a batch: keeps the summed loss near 1, the same on every rank
         self._totals: list[tuple[Tensor, Tensor]] = []  # (loss sum, count) of each batch since the last step
         self._val_totals: list[tuple[Tensor, Tensor]] = []
 
@@ -71,9 +71,9 @@ class CausalLMModule(L.LightningModule):
         return self.model(**batch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The batch's summed loss in units of its size."""
+        """The batch's summed loss in units of about its size."""
         total, count = self._loss(batch, self.loss_weighting)
-        self._unit = self._unit or batch["labels"].numel()
+        self._unit = self._unit or self._common_unit(batch["labels"])
         self._totals.append((total.detach(), count))
         return total / self._unit
 
@@ -143,6 +143,12 @@ class CausalLMModule(L.LightningModule):
         return self._linear_loss(
             hidden, head.embedding.weight, labels, weights, bias=head.embedding.bias, softcap=head.softcap
         )
+
+    def _common_unit(self, labels: Tensor) -> int:
+        """The tokens of the largest rank's batch as the next power of two, which rounds nothing when divided by."""
+        size = torch.tensor(float(labels.numel()), device=labels.device)
+        largest = int(self.trainer.strategy.reduce(size, reduce_op="max"))
+        return 1 << (largest - 1).bit_length()
 
     def _reduced(self, totals: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """Sum and count over the batches and over all ranks."""

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 
 # SIGUSR2 is what submitit has SLURM send some minutes before a job's time is over.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class SaveOnSignal(L.Callback):
@@ -42,7 +42,7 @@ class SaveOnSignal(L.Callback):
         """Take over the signals."""
         self.caught, self.checkpoint, self._asked = None, None, None
         self._step = trainer.global_step
-        for number in _SIGNALS:
+        for number in SIGNALS:
             self._handlers[number] = signal.signal(number, self._note)
 
     def on_train_batch_end(

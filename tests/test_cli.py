@@ -215,7 +215,8 @@ def test_doctor_names_the_backend_that_runs():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     query = torch.zeros(1, 1, 4, 64, device=device, dtype=torch.bfloat16)
     mask = document_mask(PackedLayout.from_lengths([[4]]).to(device))
-    assert doctor.backend_and_reason()[0] == api._choose_backend(None, query, query, query, mask, None, 0.25, None)
+    chosen = api._choose_backend(None, query, query, query, mask, None, 0.25, None, None)
+    assert doctor.backend_and_reason()[0] == chosen
 
 
 def test_version_and_help(run):

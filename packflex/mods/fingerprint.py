@@ -8,9 +8,11 @@ traced at each call.
 
 from __future__ import annotations
 
+import dis
 import enum
 import functools
 import types
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,14 +22,16 @@ from torch import Tensor
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, np.generic, slice)
 _EXACT = {type(None), bool, int, str, bytes}  # equal values of one such type are one value
-_BY_IDENTITY = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+_BY_IDENTITY = (types.MethodDescriptorType, types.WrapperDescriptorType)
+_PLAIN_BASES = (object, tuple, list, dict, typing.Generic, typing.Protocol)  # which add no state that is not looked at
 _LIBRARIES = {"torch", "math", "numpy", "operator", "functools", "builtins", "typing", "itertools"}
 # Ways to a value that its name does not tell
 _BY_OTHER_WAYS = {"getattr", "vars", "eval", "exec", "globals", "locals", "dir", "__dict__", "__getattribute__",
                   "attrgetter", "methodcaller", "getattr_static", "getmembers"}  # fmt: skip
-_NOT_RUN = {"__init__", "__new__", "__init_subclass__", "__repr__", "__str__", "__del__", "__post_init__", "__reduce__",
-            "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__", "__setattr__", "__delattr__",
-            "__class_getitem__", "__replace__"}  # fmt: skip
+_MAKES = {"__init__", "__new__", "__post_init__"}  # run where the mod makes an object, not where it has one
+_NOT_RUN = {"__init_subclass__", "__repr__", "__str__", "__del__", "__reduce__", "__reduce_ex__", "__getstate__",
+            "__setstate__", "__copy__", "__deepcopy__", "__setattr__", "__delattr__", "__class_getitem__",
+            "__replace__"}  # fmt: skip
 _MOST = 4000
 
 
@@ -52,6 +56,7 @@ class Fingerprint:
             self.tensors: list[Tensor] = []
             self.kept: list[Any] = []
             self._seen: dict[int, int] = {}
+            self._classes: dict[type, int] = {}
             self._alive: list[Any] = []  # values made by the walk itself, whose identity must last as long as it
             self._names = known
             self._found: set[str] = set()
@@ -102,7 +107,11 @@ class Fingerprint:
         if isinstance(value, types.ModuleType):
             return self._module(value)
         if isinstance(value, type):
-            return self._class(value)
+            return self._class(value, frozenset())
+        if isinstance(value, types.BuiltinFunctionType):
+            owner = value.__self__
+            of_module = owner is None or isinstance(owner, types.ModuleType)
+            return self._identity(value) if of_module else ("bound", value.__name__, self._walk(owner))
         if isinstance(value, _BY_IDENTITY) or kind.__module__.startswith("torch._ops"):
             return self._identity(value)
         return self._object(value)
@@ -122,11 +131,13 @@ class Fingerprint:
 
     def _function(self, function: types.FunctionType) -> Any:
         code = function.__code__
-        if _is_library(function.__module__):
+        if _is_library(function.__globals__.get("__name__")):  # its `__module__` may be another's, by functools.wraps
             return self._identity(function)
         names = _names(code)
         if names & _BY_OTHER_WAYS:
             raise UnknownValueError(f"{function.__qualname__} finds values by {', '.join(names & _BY_OTHER_WAYS)}")
+        if _imports(code):
+            raise UnknownValueError(f"{function.__qualname__} imports")
         self._found |= names
         cells = [cell.cell_contents if _filled(cell) else None for cell in function.__closure__ or ()]
         reached = [function.__globals__[name] for name in _names_in_order(code) if name in function.__globals__]
@@ -140,7 +151,7 @@ class Fingerprint:
             raise UnknownValueError(f"{module.__name__}.__getattr__")
         return ("module", module.__name__, *self._named(vars(module)))
 
-    def _class(self, kind: type) -> Any:
+    def _class(self, kind: type, passed_over: frozenset[str]) -> Any:
         """A class by identity, with what its code reaches and the attributes that the mod may read."""
         key = self._identity(kind)
         for base in kind.__mro__:
@@ -149,7 +160,9 @@ class Fingerprint:
             held = vars(base)
             for name in sorted(held):
                 found = held[name]
-                special = name.startswith("__") and isinstance(found, types.FunctionType) and name not in _NOT_RUN
+                called = name.startswith("__") or (name == "forward" and issubclass(kind, torch.nn.Module))
+                special = called and isinstance(found, types.FunctionType)
+                special = special and name not in _NOT_RUN and name not in passed_over
                 if name in ("__getattr__", "__getattribute__"):
                     raise UnknownValueError(f"{base.__name__}.{name}")
                 if name in self._names or special:
@@ -164,15 +177,21 @@ class Fingerprint:
             raise UnknownValueError(kind.__name__)
         held = value.__dict__
         if isinstance(value, torch.nn.Module):
-            held = {**value._buffers, **value._parameters, **value._modules, "training": value.training} | {
-                name: x for name, x in held.items() if not name.startswith("_")
-            }
+            if value._forward_hooks or value._forward_pre_hooks:
+                raise UnknownValueError(f"hooks of {kind.__name__}")
+            held = {**held, **value._buffers, **value._parameters, **value._modules}
             if _is_library(kind.__module__):  # its code is not looked at, so all that it holds may be read
-                parts = [x for name in sorted(held) for x in (name, held[name])]
+                parts = [x for name in sorted(held) if not name.startswith("_") for x in (name, held[name])]
                 return ("module object", *self._identity(kind), *self._all(parts))
-        elif _is_library(kind.__module__):
+        elif any(_is_library(base.__module__) and base not in _PLAIN_BASES for base in kind.__mro__):
             raise UnknownValueError(kind.__name__)
-        return ("object", self._walk(kind), *self._named(held))
+        return ("object", self._class_of_object(kind), *self._named(held))
+
+    def _class_of_object(self, kind: type) -> Any:
+        if kind in self._classes:
+            return ("class again", self._classes[kind])
+        self._classes[kind] = len(self._classes)
+        return self._class(kind, frozenset(_MAKES))
 
 
 # By the code (or class) of a mod: the names that its walk found the last time; more of them do no harm
@@ -198,6 +217,13 @@ def _names(code: types.CodeType) -> frozenset[str]:
 @functools.lru_cache(maxsize=4096)
 def _names_in_order(code: types.CodeType) -> list[str]:
     return sorted(_names(code))
+
+
+@functools.lru_cache(maxsize=4096)
+def _imports(code: types.CodeType) -> bool:
+    """Whether a function's code, or that of a function inside it, imports."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return any(step.opname == "IMPORT_NAME" for step in dis.get_instructions(code)) or any(map(_imports, inner))
 
 
 def _filled(cell: types.CellType) -> bool:

@@ -201,7 +201,9 @@ class _Recorder(TorchFunctionMode):
 def _tells_kind(func: Any) -> bool:
     """Whether a function tells of a tensor what is the same for all of its kind, and no value."""
     name = getattr(func, "__name__", "")
-    return name == "__get__" or name in _OF_KIND or name.startswith("is_")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") not in ("grad", "_grad")
+    return name in _OF_KIND or (name.startswith("is_") and name != "is_nonzero")
 
 
 _grad_wanted = [False]

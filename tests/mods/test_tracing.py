@@ -3,6 +3,7 @@
 import functools
 import gc
 import math
+import sys
 import weakref
 from collections import OrderedDict
 
@@ -490,6 +491,75 @@ WAYS = {
 }
 
 
+class Private(torch.nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self._kind = kind
+        self.act = torch.nn.Identity()
+
+    def mod(self, score, b, h, q_idx, kv_idx):
+        return score * 2 if self._kind == "double" else -self.act(score)
+
+
+class Made:
+    def __init__(self):
+        self.factor = Config.factor
+
+
+class Counted(set):
+    pass
+
+
+def importing(x):
+    def mod(score, b, h, q_idx, kv_idx):
+        import packflex_settings_of_a_test as settings
+
+        return score * settings.factor
+
+    sys.modules["packflex_settings_of_a_test"] = x
+    return mod
+
+
+def wrapped_as_torch_s(x):
+    @functools.wraps(torch.exp)
+    def factor_of(score):
+        return score * x.factor
+
+    return lambda s, b, h, q, kv: factor_of(s)
+
+
+def hooked(x):
+    module = Private("")
+    x.hook = module.act.register_forward_hook(lambda module, inputs, output: -2 * output)
+    return module.mod
+
+
+def captured_get(x):
+    x.settings = {"a": 2.0}
+    return lambda s, b, h, q, kv, get=x.settings.get: s * get("a")
+
+
+def of_a_set(x):
+    x.counted = Counted({1, 2})
+    return lambda s, b, h, q, kv, c=x.counted: s * sum(c) * 2 / 3
+
+
+def private(x):
+    x.module = Private("double")
+    return x.module.mod
+
+
+WAYS |= {
+    "private attribute of a module": (private, lambda x: setattr(x.module, "_kind", "other")),
+    "import": (importing, lambda x: setattr(x, "factor", -1.0)),
+    "captured method": (captured_get, lambda x: x.settings.update(a=-1.0)),
+    "made object": (lambda x: lambda s, b, h, q, kv: s * Made().factor, lambda x: setattr(Config, "factor", -1.0)),
+    "wrapped as torch's": (wrapped_as_torch_s, lambda x: setattr(x, "factor", -1.0)),
+    "hook": (hooked, lambda x: x.hook.remove()),
+    "set": (of_a_set, lambda x: (x.counted.clear(), x.counted.add(-1.5))),
+}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_value_found_by_any_way_is_seen_to_change(way, monkeypatch):
     monkeypatch.setattr(Slope, "shared", 2.0)
@@ -526,6 +596,47 @@ def test_two_modules_that_read_through_a_helper_keep_their_own_parameters():
     assert norms[0] != norms[1]
 
 
+def test_usual_mods_are_traced_once(traces):
+    """A key that is never the same would cost milliseconds at each call, and no result would show it."""
+    table = torch.nn.Parameter(torch.randn(H, S))
+    layout = PackedLayout.from_lengths([[20, S - 20]], S)
+    module, slope = Private("double"), Slope()
+
+    class Learned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(H, S))
+            self.layers = torch.nn.ModuleList([torch.nn.Embedding(2, 2)])
+
+        def near(self, h, distance):
+            return self.table[h, distance.abs()]
+
+        def forward(self, score, b, h, q_idx, kv_idx):
+            return score + self.near(h, q_idx - kv_idx)
+
+    mods = [
+        lambda s, b, h, q, kv: s + table[h, kv],
+        functools.partial(lambda s, b, h, q, kv, *, w: s * w, w=2.0),
+        Learned(), Learned().forward, module.mod, lambda s, b, h, q, kv: slope.helper(s),
+        score_mods.alibi(H), score_mods.softcap(3.0), score_mods.relative_bias(torch.randn(H, 32)),
+        score_mods.compose(score_mods.alibi(H), score_mods.distance_penalty(0.5)),
+    ]  # fmt: skip
+    for mod in mods:
+        before = len(traces)
+        for _ in range(3):
+            lift(mod, "score", CPU)
+        assert len(traces) == before + 1, mod
+    for mask in (
+        masks.causal, masks.sliding_window(4), masks.document(layout), masks.dilated_window(4, 2),
+        masks.natten_2d(8, 5, 3),
+        masks.and_masks(masks.document(layout), masks.strided(3)), masks.per_document(layout, masks.global_tokens(2)),
+    ):  # fmt: skip
+        before = len(traces)
+        for _ in range(3):
+            lift(mask, "mask", CPU)
+        assert len(traces) == before + 1, mask
+
+
 def test_a_remembered_trace_keeps_no_tensor_alive():
     gone = []
     for length in range(20, 24):
@@ -546,6 +657,7 @@ READERS = {
     "element": (ROW, lambda s, b, h, q, kv: s * float(ROW[1])),
     "list": (ROW, lambda s, b, h, q, kv: s * ROW.tolist()[1]),
     "numpy": (ROW, lambda s, b, h, q, kv: s * float(ROW.numpy()[1])),
+    "nonzero": (FLAG, lambda s, b, h, q, kv: s * 2 if torch.is_nonzero(FLAG) else s * -1),
     "flag": (FLAG, lambda s, b, h, q, kv: s * 2 if FLAG else s * -1),
 }
 

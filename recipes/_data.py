@@ -291,20 +291,19 @@ class DocumentNames:
     def __init__(self, data: PackedSplits) -> None:
         self._data = data
 
-    def __call__(self, row: list[int], document: int) -> str:
-        """Document `document` of the packed row with these `input_ids`."""
+    def __call__(self, row: list[int], lengths: list[int], document: int) -> str:
+        """Document `document` of the packed row with these `input_ids` and documents of these lengths."""
+        start = sum(lengths[:document])
+        words = repr(
+            " ".join(str(self._data.tokenizer.decode(row[start : start + min(24, lengths[document])])).split())
+        )
+        text = f"({lengths[document]} tokens: {words} ...)"
         if isinstance(self._data.train, TokenizedStream):
-            return f"document {document} of a row of the stream that begins {self._words(row[:24])}"
+            return f"a document of the stream {text}"
         for index, candidate in enumerate(self._data.train.iter(1)):
             if candidate["input_ids"][0] == row:
-                lengths = candidate["lengths"][0]
-                start = sum(lengths[:document])
-                text = self._words(row[start : start + min(24, lengths[document])])
                 plan = self._data.plan
                 number = document if plan is None else plan.document_indices[int(plan.row_offsets[index]) + document]
                 where = f"document {number} of training row {index}" if plan is None else f"training document {number}"
-                return f"{where} ({lengths[document]} tokens: {text} ...)"
-        return f"document {document} of a row that is none of the training rows"
-
-    def _words(self, ids: list[int]) -> str:
-        return repr(" ".join(str(self._data.tokenizer.decode(ids)).split()))
+                return f"{where} {text}"
+        return f"document {document} of a row that is none of the training rows {text}"

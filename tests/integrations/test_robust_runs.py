@@ -190,7 +190,7 @@ def test_the_guard_looks_one_batch_back_where_the_host_runs_ahead(tmp_path):
     first = [BAD in ids for ids in rows["input_ids"]].index(True)
     for steps in (first + 1, first + 2):
         sequential = PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=1, order="sequential")
-        names = lambda ids, d: f"number {d} of {len(ids)} tokens"  # noqa: E731
+        names = lambda ids, lengths, d: f"number {d} of {len(ids)} tokens"  # noqa: E731
         guard = Late(tmp_path / str(steps), name_document=names)
         fit = trainer(tmp_path, [PackFlexCallback(leak_check=False), guard], max_steps=steps)
         with pytest.raises(NonFiniteLossError, match=r"number 0 of \d+ tokens.* Weights are not finite either"):

@@ -168,7 +168,7 @@ LENGTHS: list[list[list[int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "masks_first"), [("llama", False), ("llama", True), ("gpt_oss", False)])
+@pytest.mark.parametrize(("family", "masks_first"), [("llama", True), *((family, False) for family in FAMILIES)])
 def test_compiled_model_is_traced_once(family: str, masks_first: bool) -> None:
     model = tiny_model(family)
     enable_packflex(model)

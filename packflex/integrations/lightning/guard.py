@@ -35,8 +35,8 @@ class NonFiniteLossGuard(L.Callback):
 
     Args:
         dirpath: folder of the file; the trainer's `default_root_dir` when None.
-        name_document: how to name document `d` of a packed row, given the row's `input_ids` (without padding) and `d`:
-            by default its place in the batch and its first tokens.
+        name_document: how to name document `d` of a packed row, given the row's `input_ids` (without padding), the
+            lengths of its documents and `d`: by default its place in the batch and its first tokens.
 
     Raises:
         NonFiniteLossError: from the hook, which ends `trainer.fit`.
@@ -45,7 +45,7 @@ class NonFiniteLossGuard(L.Callback):
     def __init__(
         self,
         dirpath: str | Path | None = None,
-        name_document: Callable[[list[int], int], str] | None = None,
+        name_document: Callable[[list[int], list[int], int], str] | None = None,
     ) -> None:
         self.dirpath = dirpath
         self.name_document = name_document
@@ -112,7 +112,8 @@ class NonFiniteLossGuard(L.Callback):
     def _name(self, batch: Any, packed: Any, place: _Place) -> str:
         row = batch["input_ids"][place.row]
         if self.name_document is not None and isinstance(packed, PackedLayout):
-            return self.name_document(row[: sum(packed.lengths[place.row])].tolist(), place.document)
+            lengths = list(packed.lengths[place.row])
+            return self.name_document(row[: sum(lengths)].tolist(), lengths, place.document)
         first = " ".join(map(str, row[place.start : place.start + min(6, place.length)].tolist()))
         where = f"of row {place.row}" if isinstance(packed, PackedLayout) else "of the shared batch"
         return f"document {place.document} {where} ({place.length} tokens: {first} ...)"

@@ -8,6 +8,7 @@ traced at each call.
 
 from __future__ import annotations
 
+import collections
 import dis
 import enum
 import functools
@@ -33,6 +34,7 @@ _NOT_RUN = {"__init_subclass__", "__repr__", "__str__", "__del__", "__reduce__",
             "__setstate__", "__copy__", "__deepcopy__", "__setattr__", "__delattr__", "__class_getitem__",
             "__replace__"}  # fmt: skip
 _MOST = 4000
+_TupleGetter: Any = type(vars(collections.namedtuple("_Named", "x"))["x"])
 
 
 class UnknownValueError(Exception):
@@ -77,7 +79,10 @@ class Fingerprint:
         if kind in _EXACT:
             return (kind, value)
         if isinstance(value, _PLAIN):
-            return (kind, repr(value) if isinstance(value, float | complex | np.generic) else str(value))
+            text = repr(value) if isinstance(value, float | complex | np.generic) else str(value)
+            if kind.__module__ == "builtins" or _is_library(kind.__module__):
+                return (kind, text)
+            return (kind, text, self._class_of_object(kind), *self._named(getattr(value, "__dict__", {})))
         if id(value) in self._seen:
             return ("again", self._seen[id(value)])
         self._seen[id(value)] = len(self._seen)
@@ -102,13 +107,19 @@ class Fingerprint:
             return ("partial", *self._all((value.func, value.args, value.keywords)), *self._named(value.__dict__))
         if isinstance(value, tuple | list | dict):
             inner = [x for pair in value.items() for x in pair] if isinstance(value, dict) else value
-            own = () if kind in (tuple, list, dict) else (self._object(value),)
+            own: tuple[Any, ...] = ()
+            if kind not in (tuple, list, dict, torch.Size):  # a named tuple has no attributes but its elements
+                own = (self._object(value) if hasattr(value, "__dict__") else self._class_of_object(kind),)
             return (kind.__name__, len(value), *self._all(inner), *own)
+        if kind is range or (kind in (set, frozenset) and all(type(x) in _EXACT for x in value)):
+            return (kind.__name__, str(value) if kind is range else frozenset((type(x), x) for x in value))
         if isinstance(value, types.ModuleType):
             return self._module(value)
         if isinstance(value, type):
             return self._class(value, frozenset())
         if isinstance(value, types.BuiltinFunctionType):
+            if value.__name__ in _BY_OTHER_WAYS:
+                raise UnknownValueError(value.__name__)
             owner = value.__self__
             of_module = owner is None or isinstance(owner, types.ModuleType)
             return self._identity(value) if of_module else ("bound", value.__name__, self._walk(owner))
@@ -132,7 +143,11 @@ class Fingerprint:
     def _function(self, function: types.FunctionType) -> Any:
         code = function.__code__
         if _is_library(function.__globals__.get("__name__")):  # its `__module__` may be another's, by functools.wraps
-            return self._identity(function)
+            if not function.__closure__:
+                return self._identity(function)
+            # such as torch's and_masks of the user's masks
+            cells = [cell.cell_contents if _filled(cell) else None for cell in function.__closure__]
+            return ("library function", code, *self._all(cells))
         names = _names(code)
         if names & _BY_OTHER_WAYS:
             raise UnknownValueError(f"{function.__qualname__} finds values by {', '.join(names & _BY_OTHER_WAYS)}")
@@ -171,7 +186,8 @@ class Fingerprint:
 
     def _object(self, value: Any) -> Any:
         kind = type(value)
-        if isinstance(value, types.MemberDescriptorType | types.GetSetDescriptorType):  # a slot, in its class
+        # a slot, or an element of a named tuple, in its class
+        if isinstance(value, types.MemberDescriptorType | types.GetSetDescriptorType | _TupleGetter):
             return self._identity(value)
         if not hasattr(value, "__dict__") or any(getattr(base, "__slots__", ()) for base in kind.__mro__):
             raise UnknownValueError(kind.__name__)

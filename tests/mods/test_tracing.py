@@ -1,5 +1,6 @@
 """Traces are made once, programs kept by structure: what changes no kernel, what does; and no change is missed."""
 
+import collections
 import functools
 import gc
 import math
@@ -635,6 +636,40 @@ def test_usual_mods_are_traced_once(traces):
         for _ in range(3):
             lift(mask, "mask", CPU)
         assert len(traces) == before + 1, mask
+
+
+def test_masks_that_torch_composes_are_looked_into(traces):
+    from torch.nn.attention.flex_attention import and_masks, or_masks
+
+    settings = Slope()
+    strided = lambda b, h, q, kv: (q - kv) % settings.factor == 0  # noqa: E731
+    for compose in (and_masks, or_masks):
+        settings.factor = 2
+        mod = compose(strided, masks.sliding_window(9))
+        for factor in (2, 3, 2):
+            settings.factor = factor
+            mask = create_block_mask(mod, None, None, S, S, "cpu", 1)
+            grids = torch.meshgrid(torch.arange(1), torch.arange(1), torch.arange(S), torch.arange(S), indexing="ij")
+            assert torch.equal(mask.to_dense().bool()[0, 0], mod(*grids)[0, 0])
+    before = len(traces)
+    for _ in range(3):
+        lift(and_masks(masks.causal, masks.strided(3)), "mask", CPU)
+    assert len(traces) == before + 1
+
+
+def test_sizes_sets_and_named_tuples_are_compared(traces):
+    Config2 = collections.namedtuple("Config2", "factor limit")
+    settings, size, some = Config2(2.0, 3), torch.zeros(2, 3).shape, frozenset({1, 2})
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score * settings.factor * size[1] * len(some)
+
+    for _ in range(3):
+        key(mod)
+    assert len(traces) == 1
+    settings = Config2(-1.0, 3)
+    found = attend(mod)
+    assert relative_error(found, expected(lambda s, b, h, q, kv: -6 * s)) < 3e-6
 
 
 def test_a_remembered_trace_keeps_no_tensor_alive():

@@ -226,6 +226,7 @@ class ChatEncoder:
             key = repr(kind)
             if key in self._written_calls:
                 continue
+            written = self._apply(messages, tools, source, tokenize=False)
             for what, changed in (("names", _renamed(calls[-1])), ("arguments", _rewritten(calls[-1]))):
                 if changed == calls[-1]:
                     continue
@@ -234,7 +235,7 @@ class ChatEncoder:
                     text = self._apply([*messages[:turn], other, *messages[turn + 1 :]], tools, source, tokenize=False)
                 except DataError:  # a template that refuses another call looks at it
                     continue
-                if text == self._apply(messages, tools, source, tokenize=False):
+                if text == written:
                     raise DataError(
                         f"{source}: the assistant calls tools in message {turn}, and the chat template of "
                         f"{tokenizer_name(self.tokenizer)} does not write the {what} of these 'tool_calls', so they "

@@ -6,7 +6,6 @@ alone, queries or keys, stands before the loops over blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from packflex.attention.hopper.forward import LOG2_E
+from packflex.attention.mods.kernel_text import within
 from packflex.mods import source
 from packflex.mods.errors import short_name
 from packflex.mods.nodes import Node, Program, ordered
@@ -108,9 +108,8 @@ def mod_text(program: Program) -> str:
 
 def _hoisted(name: str, indices: str, printer: Printer, roots: list[Node]) -> tuple[str, list[str]]:
     """The function of what depends on some indices alone, and the names of its results."""
-    allowed = set(indices.split(", "))
     lines = _unpacked(printer)
-    statements = printer.statements(roots, _within(allowed))
+    statements = printer.statements(roots, within(indices.replace(",", "")))
     lines += map(str, statements)
     names = [statement.name for statement in statements]
     lines.append(f"return ({', '.join(names)},)" if names else "return (b,)")
@@ -132,7 +131,3 @@ def _unpacked(printer: Printer) -> list[str]:
 def _defined(name: str, parameters: str, lines: list[str]) -> str:
     body = "\n".join(f"    {line}" for line in lines)
     return f"@gluon.jit\ndef {name}({parameters}):\n{body}\n"
-
-
-def _within(allowed: set[str]) -> Callable[[Node], bool]:
-    return lambda node: node.deps <= allowed

@@ -15,6 +15,7 @@ from torch import Tensor
 from packflex.attention import reference
 from packflex.attention.memory import new_bshd
 from packflex.mods.lifted import PROGRAMS
+from packflex.mods.nodes import Program
 
 
 def blocks_of(backend: str, intervals: Tensor) -> list[Tensor]:
@@ -37,8 +38,7 @@ def _call(
         program = PROGRAMS[key]
         count = len(program.layouts)
         mine, tensors = tensors[:count], tensors[count:]
-        numbers = [real.pop(0) if scalar.role == "float" else whole.pop(0) for scalar in program.scalars]
-        given.append(Given(program, mine, numbers))
+        given.append(Given(program, mine, _taken(program, whole, real)))
     return Call(q, k, v, given[1], given[0], scale, softcap, tiles, long_spans)
 
 
@@ -46,9 +46,12 @@ def _hopper_mod(score_key: str, captures: Sequence[Tensor], ints: Sequence[int],
     from packflex.attention.hopper.mods import bound_mod
 
     program = PROGRAMS[score_key]
-    whole, real = list(ints), list(floats)
-    numbers = [real.pop(0) if scalar.role == "float" else whole.pop(0) for scalar in program.scalars]
-    return bound_mod(program, list(captures), numbers)
+    return bound_mod(program, list(captures), _taken(program, list(ints), list(floats)))
+
+
+def _taken(program: Program, ints: list[int], floats: list[float]) -> list[float | int]:
+    """A program's numbers by slot, taken from the front of those of all programs."""
+    return [floats.pop(0) if scalar.role == "float" else ints.pop(0) for scalar in program.scalars]
 
 
 def _blocks(tensors: Sequence[Tensor], mask_tile: Sequence[int], ragged: bool) -> Any:

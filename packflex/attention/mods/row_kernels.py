@@ -96,11 +96,12 @@ def _row_scores(kernel: KernelText, masked: bool, roots: list[Node], raw: bool =
     end = "kv_len" if request.lists else "end_key"
     lines = [
         "o_k = block_key + o_n",
-        "o_r = tl.minimum(o_n, kv_len - 1 - block_key)" if rows == "o_r" else f"m_k = o_k < {end}",
+        f"m_k = o_k < {end}",
+        *(["o_r = tl.minimum(o_n, kv_len - 1 - block_key)"] if rows == "o_r" else []),
         "p_kn = p_k + block_key.to(tl.int64) * stride_ks",
         "p_vn = p_v + block_key.to(tl.int64) * stride_vs",
-        f"b_k = load_tile(p_kn + {rows}[:, None] * stride_ks + o_d[None, :], {'o_r >= 0' if rows == 'o_r' else 'm_k'}, "
-        f"o_d < HEAD_DIM, {tail}, HEAD_DIM != BLOCK_D)",
+        f"b_k = load_tile(p_kn + {rows}[:, None] * stride_ks + o_d[None, :], m_k, o_d < HEAD_DIM, {tail}, "
+        "HEAD_DIM != BLOCK_D)",
         f"score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION){'' if raw else f' * {kernel.scale()}'}",
         "kv = tl.minimum(o_k, kv_len - 1)[None, :]"
         if (masked or request.ragged) and kernel.reads_at("kv")
@@ -165,8 +166,8 @@ def forward_text(request: Request) -> str:
             f"b_alpha = {kernel.power('b_m', 'b_shift')}",
             "b_l = b_l * b_alpha + tl.sum(b_p, 1)",
             "b_acc = b_acc * b_alpha[:, None]",
-            f"b_v = load_tile(p_vn + {rows}[:, None] * stride_vs + o_dv[None, :], "
-            f"{'o_r >= 0' if rows == 'o_r' else 'm_k'}, o_dv < V_DIM, {bounded}, V_DIM != BLOCK_DV)",
+            f"b_v = load_tile(p_vn + {rows}[:, None] * stride_vs + o_dv[None, :], m_k, o_dv < V_DIM, {bounded}, "
+            "V_DIM != BLOCK_DV)",
         ]
         body += ["b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)", "b_m = b_m_new"]
         text += _row_loop(kernel, masked, body) + "\n"
@@ -248,8 +249,8 @@ def dq_text(request: Request) -> str:
         elif request.ragged:
             body += ["m_s = m_row[:, None] & m_k[None, :]", "b_p = tl.where(m_s, b_p, 0.0)"]
         body.append(
-            f"b_v = load_tile(p_vn + {rows}[:, None] * stride_vs + o_dv[None, :], "
-            f"{'o_r >= 0' if rows == 'o_r' else 'm_k'}, o_dv < V_DIM, {tail}, V_DIM != BLOCK_DV)"
+            f"b_v = load_tile(p_vn + {rows}[:, None] * stride_vs + o_dv[None, :], m_k, o_dv < V_DIM, {tail}, "
+            "V_DIM != BLOCK_DV)"
         )
         body.append("b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]")
         body.append("b_ds = b_p * (b_dp - b_delta[:, None])")

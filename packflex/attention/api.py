@@ -64,9 +64,10 @@ def flex_attention(
         check_bounds: first evaluate every read of captured tensors in `score_mod` and the `mask_mod`, and raise for
             one past the end, which a kernel would read unnoticed; takes time with Q_LEN x KV_LEN, for debugging.
         backend: "hopper" (Gluon, sm_90), "triton", "torch" (its compiled flex_attention) or "reference" (eager, exact);
-            the best for the device and case when None ("hopper" for masks of intervals without a `score_mod`, which it
-            takes by name). A backend that is named is used or raises, never replaced; but gradients to captured tensors
-            of a `score_mod` are the portable kernels' under "hopper" too.
+            the best for the device and case when None ("hopper" for masks of intervals, with a `score_mod` where that
+            is a few operations and reads no table at both q_idx and kv_idx). A backend that is named is used or raises,
+            never replaced; but gradients to captured tensors of a `score_mod` are the portable kernels' under "hopper"
+            too.
 
     Returns:
         out [B, Hq, S, Dv] in query's dtype (autocast's under autocast), laid out so that `out.transpose(1, 2)` is
@@ -90,6 +91,7 @@ def flex_attention(
         raise ValueError(f"softcap must be above 0, or None for no cap; got {softcap}")
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     want_lse = return_lse or _wants_lse(return_aux)
+    named = backend
     backend = _choose_backend(backend, query, key, value, mask, score_mod, scale, softcap, kernel_options)
     if kernel_options and backend not in ("triton", "hopper"):
         raise ValueError(f'kernel_options are tiles of the Triton kernels; the backend here is "{backend}"')
@@ -117,7 +119,8 @@ def flex_attention(
 
         out, lse = attention_with_mods(
             query, key, value, mask, None if _in_lists(mask) else _intervals(mask, query, key), score_mod, sinks, scale,
-            cap, _tile_list(backend, kernel_options), _long(mask, key), _fixed(deterministic), backend,
+            cap, _tile_list(backend, kernel_options), _long(mask, key), _fixed(deterministic),
+            "best" if backend == "hopper" and named is None else backend,
         )  # fmt: skip
     elif _intervals_only(mask, score_mod):
         kv_intervals, q_intervals = _intervals(mask, query, key)
@@ -262,9 +265,8 @@ def _choose_backend(
         return backend
     if query.device.type != "cuda" or query.dtype == torch.float64:
         return "reference"
-    # kernel_options without a backend have always meant the portable kernels' tiles; mods are taken there by name until
-    # all tests of them have passed on a card
-    if unfit or score_mod is not None or kernel_options or support.refusal(query, key, value, scale):
+    # kernel_options without a backend have always meant the portable kernels' tiles
+    if unfit or kernel_options or support.refusal(query, key, value, scale):
         return "triton"
     return "hopper"
 

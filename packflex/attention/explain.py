@@ -51,6 +51,17 @@ def explain(
         print(_how_masked(lists), file=out)
     for path, text in _kernels(masked if lists else None, scored):
         print(f"# {path}\n\n{text.rstrip()}\n", file=out)
+    if (
+        score_mod is not None
+        and scored is not None
+        and not lists
+        and _runs_on_hopper(scored, _device(score_mod, device))
+    ):
+        from packflex.attention.hopper.mods import functions_module
+
+        path, text = _shown(functions_module(PROGRAMS[scored.key]))
+        print("The Hopper kernels call these functions, where they take the dtype and head dim:\n", file=out)
+        print(f"# {path}\n\n{text.rstrip()}\n", file=out)
 
 
 def _device(mod: Callable[..., Any], device: torch.device | str | None) -> torch.device:
@@ -139,8 +150,19 @@ def _how_masked(lists: bool) -> str:
     return "Each query sees one interval of keys: the mask is two numbers a query, and no tile is evaluated.\n"
 
 
+def _runs_on_hopper(scored: Lifted, device: torch.device) -> bool:
+    """Whether `flex_attention` chooses the Hopper kernels for a mod, given dtypes and head dims that they take."""
+    from packflex.attention.hopper import support
+
+    if device.type != "cuda" or support.card_refusal(device):
+        return False
+    from packflex.attention.hopper.mods import is_light
+
+    return is_light(PROGRAMS[scored.key])
+
+
 def _kernels(masked: Lifted | None, scored: Lifted | None) -> Iterator[tuple[str, str]]:
-    """(path, text) of the kernels that would run; none where the portable kernels of plain masks do."""
+    """(path, text) of the portable kernels that would run; none where those of plain masks do."""
     if masked is None and scored is None:
         return
     from packflex.attention.mods.kernel_text import Request

@@ -92,7 +92,10 @@ def _lifted(score_mod: Callable[..., Any] | None) -> tuple[BoundMod | None, dict
     types = mod_types("x", lifted.program, False)
     names = Printer(lifted.program, "x").parameters()
     mod = bound_mod(lifted.program, lifted.captures, lifted.numbers)
-    return mod, {"mod_args": tuple(types.get(name, "i32") for name in names) or ("i32",)}
+    packed: list[str] = []
+    for name in names:
+        packed += [types[name]] if types.get(name, "i32") != "i32" else ["fp32", "fp32"]
+    return mod, {"mod_args": tuple(packed) or ("i32",)}
 
 
 def compile_backward(

@@ -6,8 +6,10 @@ alone, queries or keys, stands before the loops over blocks.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -69,20 +71,44 @@ class BoundMod:
 
 def bound_mod(program: Program, captures: list[Tensor], numbers: list[float | int]) -> BoundMod:
     """The mod of a program."""
-    return BoundMod(mod_functions(program), tuple(arguments(program, captures, numbers)) or (0,))
+    values: list[object] = []
+    for value in arguments(program, captures, numbers):
+        values += _halves(value) if isinstance(value, int) else [value]
+    return BoundMod(mod_functions(program), tuple(values) or (0,))
+
+
+def _halves(value: int) -> list[float | int]:
+    """A whole number as two floats, its low and its high 16 bits; one past 32 bits as itself and 0.
+
+    Triton compiles anew for the integers of a tuple that are 1 or multiples of 16, whatever `do_not_specialize` says,
+    and for no float.
+    """
+    return [float(value & 0xFFFF), float(value >> 16)] if -(1 << 31) <= value < 1 << 31 else [value, 0]
 
 
 @lru_cache(maxsize=256)
 def mod_functions(program: Program) -> ModFunctions:
     """The functions of a program, loaded from their file."""
-    module = source.load(mod_text(program))
+    module = functions_module(program)
     scaled = in_log2(program)
     gradient = getattr(module, "mod_gradient", None)
-    full = [node for node in ordered([program.out]) if node.is_full and node.op != "input"]
-    busy = len(full) >= _BUSY or any(node.op == "read" for node in full)
     return ModFunctions(
-        module.mod_forward, module.mod_rows, module.mod_backward, module.mod_columns, gradient, scaled is not None, busy
-    )
+        module.mod_forward, module.mod_rows, module.mod_backward, module.mod_columns, gradient, scaled is not None,
+        not is_light(program),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def is_light(program: Program) -> bool:
+    """Whether a score_mod computes little of each element and reads nothing there: the portable kernels are faster
+    with others (docs/log.md)."""
+    full = [node for node in ordered([program.out]) if node.is_full and node.op != "input"]
+    return len(full) < _BUSY and not any(node.op == "read" for node in full)
+
+
+def functions_module(program: Program) -> ModuleType:
+    """The file of a score_mod's functions, as a module."""
+    return source.load(mod_text(program))
 
 
 def mod_text(program: Program) -> str:
@@ -103,29 +129,42 @@ def mod_text(program: Program) -> str:
         again.skip(len(backward.names))
         parts.append(_function("mod_gradient", "grad, score, b, h, q, kv", given_columns, again, grad))
     body = "\n\n".join(parts)
-    return _HEADER.format(what=short_name(program.name), imports=device_imports(body)) + "\n" + body + "\n"
+    imports = device_imports(body)
+    if "whole_number(" in body:
+        imports = f"from packflex.attention.hopper.whole import whole_number\n{imports}"
+    return _HEADER.format(what=short_name(program.name), imports=imports) + "\n" + body + "\n"
 
 
 def _hoisted(name: str, indices: str, printer: Printer, roots: list[Node]) -> tuple[str, list[str]]:
     """The function of what depends on some indices alone, and the names of its results."""
-    lines = _unpacked(printer)
     statements = printer.statements(roots, within(indices.replace(",", "")))
-    lines += map(str, statements)
     names = [statement.name for statement in statements]
-    lines.append(f"return ({', '.join(names)},)" if names else "return (b,)")
-    return _defined(name, f"{indices}, args", lines), names
+    lines = [*map(str, statements), f"return ({', '.join(names)},)" if names else "return (b,)"]
+    return _defined(name, f"{indices}, args", _unpacked(printer, lines) + lines), names
 
 
 def _function(name: str, inputs: str, given: list[str], printer: Printer, root: Node) -> str:
-    lines = _unpacked(printer) + [f"{each} = given[{i}]" for i, each in enumerate(given)]
+    lines = [f"{each} = given[{i}]" for i, each in enumerate(given)]
     lines += map(str, printer.statements([root]))
     text = printer.text(root)
     lines.append(f"return {text}" if {"score", "grad"} & root.deps else f"return score * 0 + {text}")
-    return _defined(name, f"{inputs}, given, args", lines)
+    return _defined(name, f"{inputs}, given, args", _unpacked(printer, lines) + lines)
 
 
-def _unpacked(printer: Printer) -> list[str]:
-    return [f"{name} = args[{i}]" for i, name in enumerate(printer.parameters())]
+def _unpacked(printer: Printer, lines: list[str]) -> list[str]:
+    """The names of `args` that `lines` use: tensors, floats, and whole numbers as `_halves` leaves them."""
+    program = printer.program
+    used = set(re.findall(r"\w+", "\n".join(line.split("#")[0] for line in lines)))
+    single = set(range(len(program.layouts)))
+    first = len(printer.parameters()) - len(program.scalars)
+    single |= {first + slot for slot, scalar in enumerate(program.scalars) if scalar.role == "float"}
+    unpacked, at = [], 0
+    for i, name in enumerate(printer.parameters()):
+        given = f"args[{at}]" if i in single else f"whole_number(args[{at}], args[{at + 1}])"
+        at += 1 if i in single else 2
+        if name in used:
+            unpacked.append(f"{name} = {given}")
+    return unpacked
 
 
 def _defined(name: str, parameters: str, lines: list[str]) -> str:

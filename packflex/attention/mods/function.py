@@ -31,7 +31,7 @@ def attention_with_mods(
 ) -> tuple[Tensor, Tensor]:
     """out and lse through the printed kernels; `intervals` are those of the mask, or None when it holds lists.
 
-    `backend` is "triton", or for masks of intervals "hopper".
+    `backend` is "triton", or for masks of intervals "hopper" or "best", the faster of the two with the mod.
     """
     mask_mod, kv_blocks, q_blocks, tile, ragged = _walked(q, k, mask, intervals, backend)
     if torch.compiler.is_compiling():

@@ -20,7 +20,15 @@ from packflex.mods.nodes import Program
 
 def blocks_of(backend: str, intervals: Tensor) -> list[Tensor]:
     """Intervals in one tensor as a backend's op takes them."""
-    return [intervals] if backend == "hopper" else [intervals[0], intervals[1]]
+    return [intervals[0], intervals[1]] if backend == "triton" else [intervals]
+
+
+def _on_hopper(backend: str, score_key: str) -> bool:
+    if backend == "best":
+        from packflex.attention.hopper.mods import is_light
+
+        return is_light(PROGRAMS[score_key])
+    return backend == "hopper"
 
 
 def _call(
@@ -85,14 +93,17 @@ def mod_attention(
     """Attention with traced mods: out [B, Hq, S, Dv] and lse float32 [B, Hq, S].
 
     `kv_blocks` are the intervals (lo, hi) or the lists of `BlockMask`, `q_blocks` the same from the keys' side;
-    `captures`, `ints` and `floats` those of the mask's program, then of the score's. With `backend` "hopper" the blocks
-    are intervals in one tensor, and the backward runs on its kernels unless captured tensors get gradients.
+    `captures`, `ints` and `floats` those of the mask's program, then of the score's. `backend` is "triton", "hopper" or
+    "best", the one of the two that is faster with the mod. But with "triton" the blocks are intervals in one tensor.
+    With "hopper" the backward runs on its kernels unless captured tensors get gradients.
     """
-    if backend == "hopper":
+    if _on_hopper(backend, score_key):
         from packflex.attention.hopper.launch import launch_forward as launch_hopper_forward
 
         mod = _hopper_mod(score_key, captures, ints, floats)
         return launch_hopper_forward(q, k, v, kv_blocks[0], sinks, scale, softcap, list(tiles), long_spans, mod)
+    if backend == "best":
+        kv_blocks = [*kv_blocks[0]]
     from packflex.attention.mods.launch import launch_forward
 
     call = _call(q, k, v, captures, ints, floats, score_key, mask_key, scale, softcap, list(tiles), long_spans)
@@ -150,7 +161,7 @@ def mod_attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients to q, k, v, the sinks (of size 0 without) and the captured tensors `wanted` (places in `captures`)."""
-    if backend == "hopper" and not wanted and not deterministic:
+    if not wanted and not deterministic and _on_hopper(backend, score_key):
         from packflex.attention.hopper.launch import launch_backward as launch_hopper_backward
 
         grad_q, grad_k, grad_v, delta_or_none = launch_hopper_backward(
@@ -159,7 +170,7 @@ def mod_attention_backward(
         )  # fmt: skip
         grad_sinks = None if delta_or_none is None else reference.sink_gradient(sinks, lse, delta_or_none)
         return grad_q, grad_k, grad_v, q.new_empty(0) if grad_sinks is None else grad_sinks, []
-    if backend == "hopper":
+    if backend != "triton":
         kv_blocks, q_blocks, tiles = [*kv_blocks[0]], [*q_blocks[0]], []
     from packflex.attention.mods.launch import launch_backward
 

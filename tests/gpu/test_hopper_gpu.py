@@ -42,6 +42,8 @@ TILES = [
     BackwardTile(2, 2, persistent=0, ahead=0),
     BackwardTile(1, 2, ahead=0),
     BackwardTile(1, 1, max_heads=2, persistent=0, ahead=0),
+    BackwardTile(1, 2, persistent=1),
+    BackwardTile(2, 2, persistent=1, ahead=0),
 ]
 
 

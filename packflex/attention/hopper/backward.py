@@ -1,7 +1,7 @@
 """Backward in Gluon for Hopper: one pass over tiles of keys, five products, dQ by TMA reductions in fp32.
 
-A tile is CONSUMERS * 64 keys of one KV head. It walks blocks of 64 (position, query head) rows, of all the query heads
-of its group, so that dK and dV stay in registers until they are whole. With P = exp(score - lse) and delta =
+A tile is CONSUMERS * 64 keys of one KV head. It walks blocks of 64 (position, query head) rows, of all the query
+heads of its group, so that dK and dV stay in registers until they are whole. With P = exp(score - lse) and delta =
 sum(dO * O) - dlse: dV = P^T dO, dS = P * (dO V^T - delta), dK = scale dS^T Q, dQ = scale dS K. Scores are held
 transposed (keys by queries), so that P and dS feed dV and dK from registers. dS also goes through shared memory to both
 consumers: each makes its share of the columns of dQ over all the keys of the tile, which is added to global memory once
@@ -24,8 +24,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from packflex.attention.hopper.forward import _half, _item, _turns, _work_of
+from packflex.attention.hopper.deal import take_next, told_next
+from packflex.attention.hopper.forward import _half, _work_of
 from packflex.attention.hopper.order import (
+    COUNTER,
     HEADER,
     KV_HEADS,
     KV_LEN,
@@ -69,15 +71,20 @@ def _stat_coordinate(row, stride_copy, HEADS: gl.constexpr):
 def _bwd_producer(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, PLAN, KV_HI,
     q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty,
+    item_s, item_full,
     HEADS: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     """Loads: K and V of each tile, then its blocks of Q, dO, lse and delta, one subgroup of heads after the other."""
     PART: gl.constexpr = 64 // HEADS
     UNITS: gl.constexpr = GROUP // HEADS
     c = 0
-    for j in range(_turns(gl.load(PLAN + TOTAL))):
+    j = 0
+    item = gl.program_id(0)
+    total = gl.load(PLAN + TOTAL)
+    while item < total:
         kv_heads = gl.load(PLAN + KV_HEADS)
-        i_b, i_kv, at = _work_of(_item(j), gl.load(PLAN + TILES), kv_heads, gl.load(PLAN + SECTION))
+        i_b, i_kv, at = _work_of(item, gl.load(PLAN + TILES), kv_heads, gl.load(PLAN + SECTION))
         p_record = PLAN + HEADER + at * 4
         q_len = gl.load(PLAN + Q_LEN)
         key, _ = _tile_start(gl.load(p_record), KV_HI, i_b, gl.load(PLAN + STRIDE_KB), q_len, CONSUMERS * 64)
@@ -108,11 +115,14 @@ def _bwd_producer(
                 tma_load(do_desc, [i_b, pos, head, 0], o_full.index(stage), do_s.index(stage))
                 tma_load(delta_desc, [at_stat], o_full.index(stage), delta_s.index(stage))
                 c += 1
+        item = take_next(PLAN + COUNTER, item_s, item_full, j, total, PERSISTENT)
+        j += 1
 
 
 @gluon.jit
 def _dq_products(
-    ds_s, k_s, c, column, CONSUMERS: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, lh: gl.constexpr
+    ds_s, k_s, c, column, CONSUMERS: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr,
+    lh: gl.constexpr,
 ):  # fmt: skip
     """COLUMNS columns of dQ of block c, over the keys of all consumers; in flight."""
     dq_t = gl.zeros([64, COLUMNS], gl.float32, lh)
@@ -151,16 +161,18 @@ def _start_scores(q_s, k_s, q_full, c, g: gl.constexpr, D: gl.constexpr, STAGES:
 @gluon.jit
 def _bwd_block(
     dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
-    b_s, c, block, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out, head, place, mod_args,
+    b_s, c, begin, block, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out, head, place, mod_args,
     g: gl.constexpr, MASK: gl.constexpr, AHEAD: gl.constexpr, NEXT: gl.constexpr, SOFTCAP: gl.constexpr,
-    MOD: gl.constexpr, MOD_GRAD: gl.constexpr,
-    HEADS: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr,
-    ls: gl.constexpr, ld: gl.constexpr, lh: gl.constexpr, lp: gl.constexpr,
+    MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LATE: gl.constexpr,
+    HEADS: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    COLUMNS: gl.constexpr, ls: gl.constexpr, ld: gl.constexpr, lh: gl.constexpr, lp: gl.constexpr,
 ):  # fmt: skip
     """One block of 64 rows against this consumer's 64 keys, and its columns of dQ against all the tile's keys.
 
     `place` is (i_b, key) of the keys, and what the mod computes of them alone; `head` the first head of the block.
-    AHEAD: b_s are the block's scores; NEXT: make those of the next one beside this block's last products.
+    AHEAD: b_s are the block's scores; NEXT: make those of the next one beside this block's last products. LATE: make dQ
+    of the block before instead of this block's, beside the weights; `begin` is the first block of all, which has none
+    before it.
     """
     PARTS: gl.constexpr = D // (CONSUMERS * COLUMNS)
     MORE: gl.constexpr = 1 if NEXT else 0
@@ -168,6 +180,9 @@ def _bwd_block(
     stage = c % STAGES
     pos = gl.minimum(block, last) if MASK > 0 else block  # blocks without a mask are none that was moved back
     q = q_s.index(stage).reshape([64, D])
+    if LATE:
+        mbarrier.wait(ds_full.index((c + 1) % 2), ((c - 1) // 2) & 1, pred=c > begin)
+        dq_t = _dq_products(ds_s, k_s, c + 1, g * PARTS * COLUMNS, CONSUMERS, D, COLUMNS, lh)
     if not AHEAD:
         s_t = _start_scores(q_s, k_s, q_full, c, g, D, STAGES, ls)
     mbarrier.wait(o_full.index(stage), (c // STAGES) & 1)
@@ -200,6 +215,11 @@ def _bwd_block(
     b_ph = gl.convert_layout(_half(b_p, q_s.dtype), lp)
     if SOFTCAP and MOD is None:
         b_p = b_p * (1 - b_t * b_t)
+    if LATE:
+        b_dq = warpgroup_mma_wait(1, deps=[dq_t])
+        if c > begin:
+            before = gl.minimum(block - 64 // HEADS, last)
+            _dq_add(dq_desc, dq_s, b_dq, g * PARTS, before, row, g * PARTS * COLUMNS, True, COLUMNS, HEADS)
     b_dp = warpgroup_mma_wait(0, deps=[dp_t])
     dv_t = warpgroup_mma(b_ph, do, b_dv, is_async=True)
     delta = gl.expand_dims(delta_s.index(stage).load(columns), 0)
@@ -214,35 +234,51 @@ def _bwd_block(
     if CONSUMERS > 1:
         mbarrier.arrive(ds_full.index(c % 2), count=1)
     dk_t = warpgroup_mma(gl.convert_layout(b_ds, lp), q, b_dk, is_async=True)
-    if CONSUMERS > 1:
-        mbarrier.wait(ds_full.index(c % 2), (c // 2) & 1)
-    dq_t = _dq_products(ds_s, k_s, c, g * PARTS * COLUMNS, CONSUMERS, D, COLUMNS, lh)
+    if not LATE:
+        if CONSUMERS > 1:
+            mbarrier.wait(ds_full.index(c % 2), (c // 2) & 1)
+        dq_t = _dq_products(ds_s, k_s, c, g * PARTS * COLUMNS, CONSUMERS, D, COLUMNS, lh)
     if NEXT:
         s_t = _start_scores(q_s, k_s, q_full, c + 1, g, D, STAGES, ls)
-    b_dv = warpgroup_mma_wait(CONSUMERS + 1 + MORE, deps=[dv_t])
+    DQ: gl.constexpr = 0 if LATE else CONSUMERS
+    b_dv = warpgroup_mma_wait(DQ + 1 + MORE, deps=[dv_t])
     mbarrier.arrive(o_empty.index(stage), count=1)
-    b_dk = warpgroup_mma_wait(CONSUMERS + MORE, deps=[dk_t])
+    b_dk = warpgroup_mma_wait(DQ + MORE, deps=[dk_t])
     mbarrier.arrive(q_empty.index(stage), count=1)
-    b_dq = warpgroup_mma_wait(MORE, deps=[dq_t])
-    _dq_add(dq_desc, dq_s, b_dq, g * PARTS, pos, row, g * PARTS * COLUMNS, True, COLUMNS, HEADS)
-    for x in gl.static_range(1, PARTS):
-        dq_t = _dq_products(ds_s, k_s, c, (g * PARTS + x) * COLUMNS, CONSUMERS, D, COLUMNS, lh)
-        b_dq = warpgroup_mma_wait(0, deps=[dq_t])
-        _dq_add(dq_desc, dq_s, b_dq, g * PARTS + x, pos, row, (g * PARTS + x) * COLUMNS, False, COLUMNS, HEADS)
+    if not LATE:
+        b_dq = warpgroup_mma_wait(MORE, deps=[dq_t])
+        _dq_add(dq_desc, dq_s, b_dq, g * PARTS, pos, row, g * PARTS * COLUMNS, True, COLUMNS, HEADS)
+        for x in gl.static_range(1, PARTS):
+            dq_t = _dq_products(ds_s, k_s, c, (g * PARTS + x) * COLUMNS, CONSUMERS, D, COLUMNS, lh)
+            b_dq = warpgroup_mma_wait(0, deps=[dq_t])
+            _dq_add(dq_desc, dq_s, b_dq, g * PARTS + x, pos, row, (g * PARTS + x) * COLUMNS, False, COLUMNS, HEADS)
     if NEXT:
         b_s = warpgroup_mma_wait(0, deps=[s_t])
     return b_s, b_dk, b_dv  # b_s means nothing unless NEXT
 
 
 @gluon.jit
+def _bwd_dq(
+    dq_desc, k_s, ds_s, dq_s, ds_full, c, block, last, row,
+    g: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, HEADS: gl.constexpr,
+    lh: gl.constexpr,
+):  # fmt: skip
+    """This consumer's columns of dQ of a block, once every consumer's dS is there."""
+    PARTS: gl.constexpr = D // (CONSUMERS * COLUMNS)
+    mbarrier.wait(ds_full.index(c % 2), (c // 2) & 1)
+    dq_t = _dq_products(ds_s, k_s, c, g * PARTS * COLUMNS, CONSUMERS, D, COLUMNS, lh)
+    b_dq = warpgroup_mma_wait(0, deps=[dq_t])
+    pos = gl.minimum(block, last)
+    _dq_add(dq_desc, dq_s, b_dq, g * PARTS, pos, row, g * PARTS * COLUMNS, True, COLUMNS, HEADS)
+
+
+@gluon.jit
 def _bwd_idle(
     dq_desc, k_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty, c, block, last, row,
     g: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr,
-    HEADS: gl.constexpr,
-    ls: gl.constexpr, lh: gl.constexpr,
+    HEADS: gl.constexpr, ls: gl.constexpr, lh: gl.constexpr,
 ):  # fmt: skip
     """A block that only the other consumer sees: dS of zeros, and this consumer's columns of dQ."""
-    PARTS: gl.constexpr = D // (CONSUMERS * COLUMNS)
     stage = c % STAGES
     phase = (c // STAGES) & 1
     mbarrier.wait(q_full.index(stage), phase)
@@ -252,36 +288,35 @@ def _bwd_idle(
     ds_s.index((c % 2) * CONSUMERS + g).store(gl.zeros([64, 64], ds_s.dtype, ls))
     fence_async_shared()
     mbarrier.arrive(ds_full.index(c % 2), count=1)
-    mbarrier.wait(ds_full.index(c % 2), (c // 2) & 1)
-    dq_t = _dq_products(ds_s, k_s, c, g * PARTS * COLUMNS, CONSUMERS, D, COLUMNS, lh)
-    b_dq = warpgroup_mma_wait(0, deps=[dq_t])
-    pos = gl.minimum(block, last)
-    _dq_add(dq_desc, dq_s, b_dq, g * PARTS, pos, row, g * PARTS * COLUMNS, True, COLUMNS, HEADS)
+    _bwd_dq(dq_desc, k_s, ds_s, dq_s, ds_full, c, block, last, row, g, D, CONSUMERS, COLUMNS, HEADS, lh)
 
 
 @gluon.jit
 def _bwd_consumer(
     g: gl.constexpr, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN,
     q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full,
-    scale, sm, cap_in, cap_out, mod_args,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr, MOD_COLUMNS: gl.constexpr,
-    MOD_GRAD: gl.constexpr,
+    item_s, item_full, scale, sm, cap_in, cap_out, mod_args,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr,
+    MOD_COLUMNS: gl.constexpr, MOD_GRAD: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     """64 keys of each tile: consumer g of CONSUMERS."""
     PART: gl.constexpr = 64 // HEADS
     UNITS: gl.constexpr = GROUP // HEADS
     KEYS: gl.constexpr = CONSUMERS * 64
+    LATE: gl.constexpr = CONSUMERS > 1 and COLUMNS * CONSUMERS == D and D == 64  # registers for dQ beside the scores
     ls: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     ld: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     lh: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16])
     lp: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ld, k_width=2)
     keys: gl.constexpr = gl.SliceLayout(1, ls)
     base = 0  # blocks of the tiles before this one
-    for j in range(_turns(gl.load(PLAN + TOTAL))):
+    j = 0
+    item = gl.program_id(0)
+    while item < gl.load(PLAN + TOTAL):
         kv_heads = gl.load(PLAN + KV_HEADS)
         kv_len = gl.load(PLAN + KV_LEN)
-        i_b, i_kv, at = _work_of(_item(j), gl.load(PLAN + TILES), kv_heads, gl.load(PLAN + SECTION))
+        i_b, i_kv, at = _work_of(item, gl.load(PLAN + TILES), kv_heads, gl.load(PLAN + SECTION))
         p_record = PLAN + HEADER + at * 4
         key = gl.load(p_record)
         start, end_key = _tile_start(key, KV_HI, i_b, gl.load(PLAN + STRIDE_KB), gl.load(PLAN + Q_LEN), KEYS)
@@ -340,9 +375,9 @@ def _bwd_consumer(
             for i in range(begin, full_lo):
                 b_n, b_dk, b_dv = _bwd_block(
                     dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
-                    b_s, base + i, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
+                    b_s, base + i, base + begin, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
                     i_kv * GROUP + u * HEADS, place, mod_args,
-                    g, 2, AHEAD, AHEAD, SOFTCAP, MOD, MOD_GRAD, HEADS, D, CONSUMERS, STAGES, COLUMNS,
+                    g, 2, AHEAD, AHEAD, SOFTCAP, MOD, MOD_GRAD, LATE, HEADS, D, CONSUMERS, STAGES, COLUMNS,
                     ls, ld, lh, lp,
                 )  # fmt: skip
                 if AHEAD:
@@ -350,9 +385,9 @@ def _bwd_consumer(
             for i in range(full_lo, full_hi):
                 b_n, b_dk, b_dv = _bwd_block(
                     dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
-                    b_s, base + i, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
+                    b_s, base + i, base + begin, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
                     i_kv * GROUP + u * HEADS, place, mod_args,
-                    g, 0, AHEAD, AHEAD, SOFTCAP, MOD, MOD_GRAD, HEADS, D, CONSUMERS, STAGES, COLUMNS,
+                    g, 0, AHEAD, AHEAD, SOFTCAP, MOD, MOD_GRAD, LATE, HEADS, D, CONSUMERS, STAGES, COLUMNS,
                     ls, ld, lh, lp,
                 )  # fmt: skip
                 if AHEAD:
@@ -360,9 +395,9 @@ def _bwd_consumer(
             for i in range(full_hi, stop):
                 b_n, b_dk, b_dv = _bwd_block(
                     dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
-                    b_s, base + i, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
+                    b_s, base + i, base + begin, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
                     i_kv * GROUP + u * HEADS, place, mod_args,
-                    g, 1, AHEAD, AHEAD, SOFTCAP, MOD, MOD_GRAD, HEADS, D, CONSUMERS, STAGES, COLUMNS,
+                    g, 1, AHEAD, AHEAD, SOFTCAP, MOD, MOD_GRAD, LATE, HEADS, D, CONSUMERS, STAGES, COLUMNS,
                     ls, ld, lh, lp,
                 )  # fmt: skip
                 if AHEAD:
@@ -370,10 +405,15 @@ def _bwd_consumer(
             if AHEAD:
                 _, b_dk, b_dv = _bwd_block(
                     dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
-                    b_s, base + stop, first + stop * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
-                    i_kv * GROUP + u * HEADS, place, mod_args,
-                    g, 2, AHEAD, False, SOFTCAP, MOD, MOD_GRAD, HEADS, D, CONSUMERS, STAGES, COLUMNS,
+                    b_s, base + stop, base + begin, first + stop * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in,
+                    cap_out, i_kv * GROUP + u * HEADS, place, mod_args,
+                    g, 2, AHEAD, False, SOFTCAP, MOD, MOD_GRAD, LATE, HEADS, D, CONSUMERS, STAGES, COLUMNS,
                     ls, ld, lh, lp,
+                )  # fmt: skip
+            if LATE:
+                _bwd_dq(
+                    dq_desc, k_s, ds_s, dq_s, ds_full, base + end - 1, first + (end - 1) * PART, last, row,
+                    g, D, CONSUMERS, COLUMNS, HEADS, lh,
                 )  # fmt: skip
             if CONSUMERS > 1:
                 for i in range(end, blocks):
@@ -400,6 +440,8 @@ def _bwd_consumer(
         zero = gl.zeros([64, D], q_s.dtype, ld)
         gl.store(GRAD_K + row + o_d, zero, mask=m_row)
         gl.store(GRAD_V + row + o_d, zero, mask=m_row)
+        item = told_next(item_s, item_full, j, gl.load(PLAN + TOTAL), PERSISTENT)
+        j += 1
     tma.store_wait(0)
 
 
@@ -410,17 +452,17 @@ def _bwd_consumer(
 def _hopper_bwd_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN,
     scale, sm, cap_in, cap_out, mod_args,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr, MOD_COLUMNS: gl.constexpr,
-    MOD_GRAD: gl.constexpr, REGISTERS: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr,
+    MOD_COLUMNS: gl.constexpr, MOD_GRAD: gl.constexpr, PERSISTENT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Work items program_id, program_id + num_programs, ...: as many programs as items, or persistent ones.
+    """As many programs as work items, or PERSISTENT ones, which take the next from PLAN's counter when they are free.
 
     Descriptors: q, dO [B, S, Hq, D] in boxes [1, 64 // HEADS, HEADS, D]; k, v [B, KV_LEN, Hkv, D] in boxes
-    [1, 64, 1, D]; lse (base 2) and delta fp32 [copies, STRIDE_COPY] in boxes [64], rows of a subgroup of heads side by
-    side, as `prepare` writes them; the sums of dQ / scale fp32 [SUMS_BEFORE + rows as those, D] in boxes [64, COLUMNS].
-    GRAD_K, GRAD_V [B, KV_LEN, Hkv, D] dense. Q_LO, Q_HI int32 [B, KV_LEN] and KV_HI [B, S]; PLAN as `order.work_order`
-    of keys by queries, with the sizes of `order` before it.
+    [1, 64, 1, D]; lse (base 2) and delta fp32 [copies, STRIDE_COPY] in boxes [64], rows of a subgroup of heads side
+    by side, as `prepare` writes them; the sums of dQ / scale fp32 [SUMS_BEFORE + rows as those, D] in boxes
+    [64, COLUMNS]. GRAD_K, GRAD_V [B, KV_LEN, Hkv, D] dense. Q_LO, Q_HI int32 [B, KV_LEN] and KV_HI [B, S]; PLAN as
+    `order.work_order` of keys by queries, with the sizes of `order` before it.
     """
     PART: gl.constexpr = 64 // HEADS
     SLOTS: gl.constexpr = D // COLUMNS
@@ -442,6 +484,8 @@ def _hopper_bwd_kernel(
     o_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     o_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    item_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    item_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
     mbarrier.init(kv_empty, count=CONSUMERS)
     for x in gl.static_range(STAGES):
@@ -451,36 +495,40 @@ def _hopper_bwd_kernel(
         mbarrier.init(o_empty.index(x), count=CONSUMERS)
     for x in gl.static_range(2):
         mbarrier.init(ds_full.index(x), count=CONSUMERS)
+        mbarrier.init(item_full.index(x), count=1)
     fence_async_shared()
     # The argument tuples are written in place: bound to a name, their constexprs become tensors.
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_bwd_consumer, (
                 0, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
-                kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, scale, sm, cap_in, cap_out,
-                mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD, MOD_COLUMNS, MOD_GRAD,
+                kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, item_s, item_full, scale, sm, cap_in,
+                cap_out, mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD,
+                MOD_COLUMNS, MOD_GRAD, PERSISTENT,
             )),
             (_bwd_consumer, (
                 1, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
-                kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, scale, sm, cap_in, cap_out,
-                mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD, MOD_COLUMNS, MOD_GRAD,
+                kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, item_s, item_full, scale, sm, cap_in,
+                cap_out, mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD,
+                MOD_COLUMNS, MOD_GRAD, PERSISTENT,
             )),
             (_bwd_producer, (
                 q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, PLAN, KV_HI, q_s, do_s, k_s, v_s,
                 lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty,
-                HEADS, GROUP, CONSUMERS, STAGES,
+                item_s, item_full, HEADS, GROUP, CONSUMERS, STAGES, PERSISTENT,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_bwd_consumer, (
                 0, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
-                kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, scale, sm, cap_in, cap_out,
-                mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD, MOD_COLUMNS, MOD_GRAD,
+                kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, item_s, item_full, scale, sm, cap_in,
+                cap_out, mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD,
+                MOD_COLUMNS, MOD_GRAD, PERSISTENT,
             )),
             (_bwd_producer, (
                 q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, PLAN, KV_HI, q_s, do_s, k_s, v_s,
                 lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty,
-                HEADS, GROUP, CONSUMERS, STAGES,
+                item_s, item_full, HEADS, GROUP, CONSUMERS, STAGES, PERSISTENT,
             )),
         ], [1], [24])  # fmt: skip

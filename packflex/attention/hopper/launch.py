@@ -190,6 +190,7 @@ def backward_constants(
         "MOD": mod.functions.backward if mod else None,
         "MOD_COLUMNS": mod.functions.columns if mod else None,
         "MOD_GRAD": mod.functions.gradient if mod else None,
+        "PERSISTENT": tile.persistent > 0,
         "REGISTERS": 240,
     }
 

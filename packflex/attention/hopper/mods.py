@@ -23,6 +23,10 @@ from packflex.mods.printer import Printer, arguments, device_imports
 from packflex.mods.rewrite import in_log2
 
 _BUSY = 12  # nodes of each element
+_HEAVY = {  # each of many instructions; sines of each element compile for minutes in these kernels
+    "read", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "asinh", "acosh", "atanh", "erf",
+    "erfc", "lgamma", "pow", "expm1", "log1p", "hypot", "remainder", "fmod",
+}  # fmt: skip
 
 _HEADER = '''"""Printed by packflex: {what}, for the Hopper kernels."""
 
@@ -100,10 +104,12 @@ def mod_functions(program: Program) -> ModFunctions:
 
 @lru_cache(maxsize=256)
 def is_light(program: Program) -> bool:
-    """Whether a score_mod computes little of each element and reads nothing there: the portable kernels are faster
-    with others (docs/log.md)."""
+    """Whether a score_mod computes little of each element and reads nothing there.
+
+    The portable kernels are faster with others, or compile much sooner (docs/log.md).
+    """
     full = [node for node in ordered([program.out]) if node.is_full and node.op != "input"]
-    return len(full) < _BUSY and not any(node.op == "read" for node in full)
+    return len(full) < _BUSY and not any(node.op in _HEAVY for node in full)
 
 
 def functions_module(program: Program) -> ModuleType:

@@ -24,6 +24,7 @@ RECORD = 4
 # Where a plan's header keeps the sizes of a problem: kernels load them tile by tile, to spare registers.
 HEADER = tl.constexpr(12)
 TOTAL, TILES, SECTION, KV_HEADS, Q_LEN, KV_LEN, STRIDE_QB, STRIDE_KB, STRIDE_COPY = (tl.constexpr(i) for i in range(9))
+COUNTER = tl.constexpr(9)  # of tiles that persistent programs have taken beyond their first
 _TILES = 64  # tiles ranked by one program, and compared with at a time
 
 
@@ -46,7 +47,7 @@ def _work_order_kernel(
 ):  # fmt: skip
     """Records of TILES tiles of a row of the batch, each written at its rank among all tiles of the row.
 
-    The first program writes the header, s0 to s8, before them.
+    The first program writes the header, s0 to s8 and a counter at 0, before them.
     """
     i_b = tl.program_id(1)
     p_lo = INTERVALS + i_b.to(tl.int64) * stride_b
@@ -79,6 +80,7 @@ def _work_order_kernel(
         tl.store(PLAN + 6, s6)
         tl.store(PLAN + 7, s7)
         tl.store(PLAN + 8, s8)
+        tl.store(PLAN + COUNTER, 0)
 
 
 def tiles_of(length: int, rows: int) -> int:

@@ -71,7 +71,7 @@ class BackwardTile:
         stages: blocks of Q and dO in flight.
         per_sm: programs on a multiprocessor; more than one only with one consumer.
         max_heads: most query heads of a KV group in a block's rows; the others follow one after the other.
-        persistent: 1 for as many programs as fit, each with many tiles; 0 for one tile a program.
+        persistent: 1 for as many programs as fit, each of which takes a tile when it is free; 0 for one tile a program.
         section_mib: Q, dO and dQ of the heads that are worked on side by side, in MiB of L2.
         ahead: 1 to start the scores of the next block beside the last products of this one.
     """
@@ -124,11 +124,11 @@ def default_forward_tile(head_dim: int, group: int, long: bool, softcap: bool = 
 
 
 _BACKWARD = {
-    64: BackwardTile(consumers=1, per_sm=2),
+    64: BackwardTile(consumers=1, per_sm=2, persistent=1),
     128: BackwardTile(consumers=2, max_heads=2, ahead=0),
 }
 _BACKWARD_LONG = {
-    64: BackwardTile(consumers=2, max_heads=1),
+    64: BackwardTile(consumers=2),
     128: BackwardTile(consumers=2, max_heads=1, ahead=0),
 }
 _BACKWARD_SOFTCAP = {128: BackwardTile(consumers=1, ahead=0)}

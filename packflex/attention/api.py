@@ -65,7 +65,8 @@ def flex_attention(
             one past the end, which a kernel would read unnoticed; takes time with Q_LEN x KV_LEN, for debugging.
         backend: "hopper" (Gluon, sm_90), "triton", "torch" (its compiled flex_attention) or "reference" (eager, exact);
             the best for the device and case when None ("hopper" for masks of intervals, with a `score_mod` where that
-            is a few operations and reads no table at both q_idx and kv_idx). A backend that is named is used or raises,
+            is a few operations and reads no table at both q_idx and kv_idx; "triton" for others; "reference" for
+            float64, which no kernel takes, and on a CPU). A backend that is named is used or raises,
             never replaced; but gradients to captured tensors of a `score_mod` are the portable kernels' under "hopper"
             too.
 

@@ -94,8 +94,27 @@ def is_supported(target: Any) -> bool:
     return name in known or name.removesuffix("_") in known or torch.Tag.pointwise in getattr(target, "tags", ())
 
 
+def mark_exact(graph: Any) -> None:
+    """Mark the calls of an FX graph whose results reach a rounding, a comparison or a cast to integers.
+
+    There a quotient that is off by its last bit changes the result by one.
+    """
+    for node in reversed(graph.nodes):
+        node.meta["exact"] = any(user.meta["exact"] or _makes_steps(user) for user in node.users)
+
+
+def _makes_steps(node: Any) -> bool:
+    if node.op != "call_function":
+        return False
+    name = _base(node.target)
+    if name in ("_to_copy", "convert_element_type", "where"):
+        return not node.meta["val"].dtype.is_floating_point
+    steps = _ROUNDING | _COMPARE | {"floor_divide", "remainder", "fmod"}
+    return name in steps or bool(name == "div" and node.kwargs.get("rounding_mode"))
+
+
 def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> Node:
-    """The node of an FX call whose arguments are in `env`."""
+    """The node of an FX call whose arguments are in `env`; its graph has been through `mark_exact`."""
     name = _base(node.target)
     value = node.meta["val"]
     dtype = kernel_dtype(value.dtype)
@@ -117,6 +136,10 @@ def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> N
     def common(*xs: Any, kind: Any = _DEFAULT) -> torch.dtype:
         values = [x.meta["val"] if isinstance(x, torch.fx.Node) else x for x in xs]
         return kernel_dtype(elementwise_dtypes(*values, type_promotion_kind=kind)[0])
+
+    def rounded(op: str, x: Node) -> str:
+        """div or sqrt of x, in its exact form where that matters: not of scores, which no two kernels round alike."""
+        return f"{op}_exact" if node.meta["exact"] and not {"score", "grad"} & x.deps else op
 
     def same(op: str, *xs: Any) -> Node:
         of = common(*xs)
@@ -140,7 +163,9 @@ def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> N
         x = given(arguments[0], FLOAT)
         if name == "log1p" and _is_whole(x):  # 1 + x is exact then, and log much faster than log1p
             return make("log", make("add", x, builder.constant(1, FLOAT)))
-        return make("div", builder.constant(1, FLOAT), x) if name == "reciprocal" else make(name, x)
+        if name == "reciprocal":
+            return make(rounded("div", x), builder.constant(1, FLOAT), x)
+        return make(rounded("sqrt", x) if name == "sqrt" else name, x)
     if name in _ROUNDING:
         x = env[arguments[0]]
         if name == "round" and (arguments[1:] or options.get("decimals")):
@@ -179,7 +204,7 @@ def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> N
         )
     if name in ("div", "true_divide", "floor_divide"):
         mode = "floor" if name == "floor_divide" else options.get("rounding_mode")
-        return _divided(mode, arguments, common, given, make, builder, dtype, where)
+        return _divided(mode, arguments, common, given, make, rounded, builder, dtype, where)
     if name in ("remainder", "fmod"):
         of = common(*arguments[:2])
         if name == "remainder" and not of.is_floating_point and (by := _by_a_number(arguments, given, of)) is not None:
@@ -263,21 +288,20 @@ def _quotient(x: Node, divisor: int, builder: Builder, of: torch.dtype, where: s
     return builder.make("divided_by", (x, builder.scalar(divisor, of), magic, shift), of, where=where)
 
 
-def _divided(mode: str | None, arguments: list[Any], common: Any, given: Any, make: Any, builder: Builder,
-             dtype: torch.dtype, where: str) -> Node:  # fmt: skip
+def _divided(mode: str | None, arguments: list[Any], common: Any, given: Any, make: Any, rounded: Any,
+             builder: Builder, dtype: torch.dtype, where: str) -> Node:  # fmt: skip
     if mode is None:
-        divisor = arguments[1]
-        if (
-            type(divisor) in (int, float) and 1e-30 < abs(divisor) < 1e30
-        ):  # within one unit of the last place, and cheap
-            return make("mul", given(arguments[0], FLOAT), builder.scalar(1.0 / divisor, FLOAT))
-        return make("div", given(arguments[0], FLOAT), given(divisor, FLOAT))
+        x, divisor = given(arguments[0], FLOAT), arguments[1]
+        op = rounded("div", x)
+        if op == "div" and type(divisor) in (int, float) and 1e-30 < abs(divisor) < 1e30:
+            return make("mul", x, builder.scalar(1.0 / divisor, FLOAT))  # within a unit of the last place, and cheap
+        return make(op, x, given(divisor, FLOAT))
     of = common(*arguments[:2])
     if mode == "floor" and (by := _by_a_number(arguments, given, of)) is not None:
         return _quotient(*by, builder, of, where)
     x, y = given(arguments[0], of), given(arguments[1], of)
     if of.is_floating_point:
-        return make("floor" if mode == "floor" else "trunc", make("div", x, y))
+        return make("floor" if mode == "floor" else "trunc", make("div_exact", x, y))
     return builder.cast(make("floordiv" if mode == "floor" else "truncdiv", x, y, of=of), dtype)
 
 

@@ -210,20 +210,24 @@ def _by_numpy(function):
     from triton.runtime.interpreter import TensorHandle
 
     def call(*xs):
-        first = next(x for x in xs if isinstance(x, tl.tensor))
         arrays = [x.handle.data if isinstance(x, tl.tensor) else np.float32(x) for x in xs]
         with np.errstate(all="ignore"):
             data = np.asarray(function(*arrays), dtype=np.float32)
-        kind = first.type
-        if data.shape != first.handle.data.shape:
-            kind = next(x.type for x in xs if isinstance(x, tl.tensor) and x.handle.data.shape == data.shape)
+        shape = np.broadcast_shapes(*(x.shape for x in xs if isinstance(x, tl.tensor)))
+        kind = tl.block_type(tl.float32, list(shape)) if shape else tl.float32
         return tl.tensor(TensorHandle(data, tl.float32), kind)
 
     return call
 
 
+@triton.jit
+def _same(x):
+    return x
+
+
 tanh, sigmoid, sign = _tanh, _sigmoid, _sign
 if isinstance(_tanh, triton.JITFunction):
+    truth = _same
     fast_divide, fast_log2 = libdevice.fast_dividef, libdevice.fast_log2f
     read_elements, read_index, in_range_or = _read_elements, _read_index, _in_range_or
     log1p, expm1, log10 = libdevice.log1p, libdevice.expm1, libdevice.log10
@@ -234,6 +238,12 @@ if isinstance(_tanh, triton.JITFunction):
     _fmod, _nearest = libdevice.fmod, libdevice.llrint
 else:
     import math
+
+    def truth(x):
+        """What a comparison of two single floats gives, as the truth value that the interpreter makes no number of."""
+        from triton.runtime.interpreter import TensorHandle
+
+        return x if x.type.is_block() else tl.tensor(TensorHandle(np.asarray(x.handle.data != 0), tl.int1), tl.int1)
 
     fast_divide, fast_log2 = _by_numpy(np.divide), _by_numpy(np.log2)
     read_elements, read_index, in_range_or = _read_simply, _read_simply, _select_in_range

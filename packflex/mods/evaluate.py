@@ -13,6 +13,7 @@ from packflex.mods.nodes import INDICES, Node, ordered
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "neg": operator.neg,
+    "div_exact": operator.truediv, "sqrt_exact": torch.sqrt,
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
     "and": operator.and_, "or": operator.or_, "xor": operator.xor, "shl": operator.lshift, "shr": operator.rshift,
     "abs": torch.abs, "max": torch.maximum, "min": torch.minimum, "where": torch.where, "sign": torch.sign,

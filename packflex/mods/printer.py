@@ -29,6 +29,7 @@ _CALLS = {
     "exp": "tl.exp", "exp2": "tl.exp2", "log": "natural_log", "log2": "fast_log2", "sqrt": "tl.sqrt",
     "rsqrt": "tl.rsqrt", "sin": "tl.sin", "cos": "tl.cos", "erf": "tl.erf", "floor": "tl.floor", "ceil": "tl.ceil",
     "abs": "tl.abs", "where": "tl.where", "round": "round_even", "pow": "power",
+    "div_exact": "tl.div_rn", "sqrt_exact": "tl.sqrt_rn",
 }  # fmt: skip
 DEVICE = {
     "tanh", "sigmoid", "sign", "floordiv", "remainder", "fmod", "divided_by", "in_range", "isnan", "isinf", "log1p",
@@ -36,8 +37,8 @@ DEVICE = {
     "trunc", "atan2", "hypot", "copysign",
 }  # fmt: skip
 _FROM_DEVICE = sorted({
-    *DEVICE, "round_even", "power", "natural_log", "fast_log2", "read_elements", "read_index", "index_divided_by",
-    "in_range_or", "scatter", "scatter_tile",
+    *DEVICE, "truth", "round_even", "power", "natural_log", "fast_log2", "read_elements", "read_index",
+    "index_divided_by", "in_range_or", "scatter", "scatter_tile",
 })  # fmt: skip
 
 
@@ -104,7 +105,10 @@ class Printer:
                 continue
             name = f"{self.prefix}{self._printed}"
             self._printed += 1
-            lines.append(Statement(name, self._expression(node, load_mask), _comment(node)))
+            text = self._expression(node, load_mask)
+            if node.dtype == torch.bool and node.deps <= {"b", "h"} and any(arg.is_float for arg in node.args):
+                text = f"truth({text})"
+            lines.append(Statement(name, text, _comment(node)))
             self.names[id(node)] = name
         return lines
 

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from packflex.layout import is_on
-from packflex.mods.aten import IDENTITIES, decompositions, is_supported, kernel_dtype, to_nodes
+from packflex.mods.aten import IDENTITIES, decompositions, is_supported, kernel_dtype, mark_exact, to_nodes
 from packflex.mods.errors import ModError, ModIndexError, ModTypeError, located, name_of
 from packflex.mods.nodes import INDICES, Builder, CapturedGradient, Layout, Node, Program
 
@@ -564,6 +564,7 @@ def _program(
         held[len(builder.scalars)] = tensor
         env[node] = builder.cast(builder.scalar(number, torch.int64 if dtype == torch.bool else dtype), dtype)
 
+    mark_exact(graph.graph)
     output = next(node for node in graph.graph.nodes if node.op == "output").args[0]
     where_nodes = list(output[1])
     position = {node: i for i, node in enumerate(graph.graph.nodes)}

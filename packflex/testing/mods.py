@@ -395,6 +395,42 @@ def _minimum_maximum_clamp(m):
     return Mods(mod, None, {"floor": floor, "top": top})
 
 
+@_case("exact-quotients")
+def _exact_quotients(m):
+    width = m.floats(m.heads).abs() * 0 + 41
+
+    def mod(score, b, h, q, kv):
+        same = (q / 47).int() == (kv / 47).int()
+        steps = ((q - kv).abs() / width[h]).floor() + ((q * q).float().sqrt().floor() - q) + (kv / 83).trunc()
+        return torch.where(same, score + 0.3, score - 0.05 * steps)
+
+    return Mods(mod, masks.causal)
+
+
+@_case("functions-of-unlike-shapes")
+def _functions_of_unlike_shapes(m):
+    heads = m.floats(m.heads)
+
+    def mod(score, b, h, q, kv):
+        angle = torch.atan2(q * 1.0, kv + 1.0) + 0.01 * torch.hypot(kv * 1.0, q * 1.0)
+        odd = torch.fmod(q * 1.0, kv + 1.0) - torch.remainder(kv * 1.0, q + 1.0)
+        return score + angle + 0.01 * odd + 0.1 * (kv + 1.0) ** heads[h].abs().clamp(max=0.5)
+
+    return Mods(mod, masks.causal, {"heads": heads})
+
+
+@_case("truths-of-a-head")
+def _truths_of_a_head(m):
+    sign = m.floats(m.heads)
+
+    def mod(score, b, h, q, kv):
+        return torch.where((sign[h] > 0) & (q - kv > 3), score, score - 1.0) + torch.where(
+            sign[h].isnan() | (kv > 9), 0.2, 0
+        )
+
+    return Mods(mod, masks.causal)
+
+
 def _function(name: str, **shape: Any) -> Callable[[Any], Any]:
     """A case whose mod is a function of the score and of t = table[h, kv], a learned table."""
 

@@ -110,6 +110,32 @@ def test_blocks_may_be_listed_in_any_order(score_mod):
             assert relative_error(ours, exact) < 3e-6
 
 
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize(
+    "mod",
+    [
+        lambda s, b, h, q, kv: torch.where((kv <= q) & (kv >= 3), s, LOWEST),
+        lambda s, b, h, q, kv: (s * 1.1).masked_fill((kv > q) | (kv < 3), LOWEST),
+        lambda s, b, h, q, kv: s + torch.where((kv <= q) & (kv >= 3), 0.0, LOWEST),
+    ],
+    ids=["where", "masked_fill", "added"],
+)
+def test_rows_of_the_lowest_number_see_nothing(mod):
+    """What masks of other libraries put in the place of -inf: to base 2 it is -inf."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 50, 16, generator=generator, requires_grad=True) for _ in range(3))
+    out, lse = flex_attention(q, k, v, score_mod=mod, backend="triton", return_lse=True)
+    mask = create_block_mask(lambda b, h, q, kv: (kv <= q) & (kv >= 3), None, None, 50, 50, "cpu", 16)
+    scaled = (lambda s, *_: s * 1.1) if "masked_fill" in mod.__code__.co_names else None
+    expected = flex_attention(q, k, v, score_mod=scaled, block_mask=mask, backend="reference")
+    assert (lse[:, :, :3] == -torch.inf).all()
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    found, exact = (torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (out, expected))
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+
+
 def _reversed(counts, indices):
     """Index lists with the listed ones backwards, the others behind them as they are."""
     flipped = indices.clone()

@@ -154,12 +154,10 @@ def forward_text(request: Request) -> str:
         elif request.ragged:
             body.append('b_s = tl.where(m_k[None, :], b_s, float("-inf"))')
         body.append(f"b_m_new = tl.maximum(b_m, tl.max(b_s, 1){f' * {kernel.scale()}' if raw else ''})")
-        if masked or tail or (request.score is not None):  # a score of -inf everywhere: shift by 0 instead of NaN
-            body.append('b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)')
-        else:
-            body.append("b_shift = b_m_new")
-        if not kernel.log2:
-            body.append("b_shift = b_shift * LOG2_E")
+        body.append(f"b_shift = b_m_new{'' if kernel.log2 else ' * LOG2_E'}")
+        # a score of -inf everywhere, or of one that is -inf to base 2: shift by 0 instead of NaN
+        if masked or tail or request.score is not None:
+            body.append('b_shift = tl.where(b_shift == float("-inf"), 0.0, b_shift)')
         rows, bounded = _keys(kernel, masked)
         body += [
             f"b_p = {kernel.power(f'b_s * {kernel.scale()}' if raw else 'b_s', 'b_shift[:, None]')}",

@@ -52,6 +52,8 @@ def test_options_overlay_the_table():
         tile_list({"forward_block_m": 64})
     with pytest.raises(ValueError, match="must be an integer, 0 or more; got -1"):
         tile_list({"forward_stages": -1})
+    with pytest.raises(ValueError, match=r"'backward_persistent'\] must be 0, 1 or 2; got 3"):
+        tile_list({"backward_persistent": 3})
 
 
 def test_units_of_a_section_fit_the_budget():

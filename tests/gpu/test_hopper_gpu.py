@@ -32,7 +32,7 @@ VARIANTS = {
     "contiguous": {"memory": "bhsd"},
 }
 TILES = [
-    ForwardTile(2, 64, 3, 1),
+    ForwardTile(2, 64, 3, 1, persistent=1),
     ForwardTile(2, 64, 3, 2, ping_pong=1),
     ForwardTile(3, 64, 3, 2),
     ForwardTile(2, 128, 2, 2),
@@ -43,7 +43,8 @@ TILES = [
     BackwardTile(1, 2, ahead=0),
     BackwardTile(1, 1, max_heads=2, persistent=0, ahead=0),
     BackwardTile(1, 2, persistent=1),
-    BackwardTile(2, 2, persistent=1, ahead=0),
+    BackwardTile(1, 2, persistent=2),
+    BackwardTile(2, 2, persistent=2, ahead=0),
 ]
 
 

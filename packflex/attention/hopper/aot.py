@@ -136,7 +136,7 @@ def _compile(
             signature[name] = types[name]
         elif name in ("scale", "sm", "cap_in", "cap_out"):
             signature[name] = "fp32"
-        elif name in ("KV_LO", "KV_HI", "Q_LO", "Q_HI", "INTERVALS", "PLAN", "records"):
+        elif name in ("KV_LO", "KV_HI", "Q_LO", "Q_HI", "INTERVALS", "PLAN"):
             signature[name] = "*i32"
         elif name.isupper():
             signature[name] = "*fp32"

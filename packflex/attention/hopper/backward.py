@@ -456,7 +456,7 @@ def _hopper_bwd_kernel(
     STAGES: gl.constexpr, COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr,
     MOD_COLUMNS: gl.constexpr, MOD_GRAD: gl.constexpr, PERSISTENT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As many programs as work items, or PERSISTENT ones, which take the next from PLAN's counter when they are free.
+    """As many programs as work items, or persistent ones, which get the next as `deal` says.
 
     Descriptors: q, dO [B, S, Hq, D] in boxes [1, 64 // HEADS, HEADS, D]; k, v [B, KV_LEN, Hkv, D] in boxes
     [1, 64, 1, D]; lse (base 2) and delta fp32 [copies, STRIDE_COPY] in boxes [64], rows of a subgroup of heads side

@@ -22,25 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from packflex.attention.hopper.deal import take_next, told_next
+from packflex.attention.hopper.order import COUNTER, HEADER
 from packflex.attention.hopper.shim import tma_load, tma_store
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def _item(turn):
-    """Work item of a program's turn: programs are dealt items there and back, so that none always gets the longer."""
-    programs = gl.num_programs(0)
-    i = gl.program_id(0)
-    return turn * programs + gl.where(turn % 2 == 1, programs - 1 - i, i)
-
-
-@gluon.jit
-def _turns(total):
-    """How many items this program is dealt of `total`."""
-    full = total // gl.num_programs(0)
-    return full + (_item(full) < total).to(gl.int32)
 
 
 @gluon.jit
@@ -68,16 +55,19 @@ def _half(x, dtype: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    q_desc, k_desc, v_desc, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    tiles, units, section, total,
+    q_desc, k_desc, v_desc, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    item_s, item_full, tiles, units, section, total,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     """Loads: the queries of each tile, then its blocks of K and V."""
     PART: gl.constexpr = 64 // HEADS  # positions of one consumer
     c = 0  # blocks loaded so far, over all the tiles of this program
-    for j in range(_turns(total)):
-        i_b, unit, at = _work_of(_item(j), tiles, units, section)
+    j = 0
+    item = gl.program_id(0)
+    records = PLAN + HEADER
+    while item < total:
+        i_b, unit, at = _work_of(item, tiles, units, section)
         pos = gl.load(records + at * 4)
         first = gl.load(records + at * 4 + 1)
         blocks = gl.maximum(gl.load(records + at * 4 + 2), 1)
@@ -90,6 +80,8 @@ def _producer(
             mbarrier.expect(q_full.index(b), q_desc.block_type.nbytes)
             tma_load(q_desc, [i_b, pos + g * PART, head, 0], q_full.index(b), q_s.index(b))
         for i in range(blocks):
+            if i == gl.maximum(blocks - STAGES, 0):
+                item = take_next(PLAN + COUNTER, item_s, item_full, j, total, PERSISTENT)
             stage = c % STAGES
             phase = ((c // STAGES) & 1) ^ 1
             key = gl.minimum(first + i * BLOCK_N, last)
@@ -100,6 +92,7 @@ def _producer(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma_load(v_desc, [i_b, key, i_kv, 0], v_full.index(stage), v_s.index(stage))
             c += 1
+        j += 1
 
 
 @gluon.jit
@@ -193,12 +186,12 @@ def _step(
 
 @gluon.jit
 def _consumer(
-    g: gl.constexpr, o_desc, LSE, SINKS, KV_LO, KV_HI, records,
-    q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+    g: gl.constexpr, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN,
+    q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, item_s, item_full,
     stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
     HEADS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr, PING_PONG: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr, MOD_ROWS: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
+    HAS_SINKS: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile: consumer g of CONSUMERS."""
     PART: gl.constexpr = 64 // HEADS
@@ -208,8 +201,11 @@ def _consumer(
     rows: gl.constexpr = gl.SliceLayout(1, ls)
     o_r = gl.arange(0, 64, rows)
     base = 0  # K/V blocks of the tiles before this one
-    for j in range(_turns(total)):
-        i_b, unit, at = _work_of(_item(j), tiles, units, section)
+    j = 0
+    item = gl.program_id(0)
+    records = PLAN + HEADER
+    while item < total:
+        i_b, unit, at = _work_of(item, tiles, units, section)
         pos = gl.load(records + at * 4)
         first = gl.load(records + at * 4 + 1)
         blocks = gl.maximum(gl.load(records + at * 4 + 2), 1)
@@ -317,24 +313,26 @@ def _consumer(
         if Q_STAGES == 1:
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(b), count=1)
+        item = told_next(item_s, item_full, j, total, PERSISTENT)
+        j += 1
     tma.store_wait(0)
 
 
 @gluon.jit(
     do_not_specialize=["stride_ib", "q_len", "tiles", "units", "section", "total", "mod_args"],
-    do_not_specialize_on_alignment=["LSE", "SINKS", "KV_LO", "KV_HI", "records", "mod_args"],
+    do_not_specialize_on_alignment=["LSE", "SINKS", "KV_LO", "KV_HI", "PLAN", "mod_args"],
 )
 def _hopper_fwd_kernel(
-    q_desc, k_desc, v_desc, o_desc, LSE, SINKS, KV_LO, KV_HI, records,
+    q_desc, k_desc, v_desc, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN,
     stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, PING_PONG: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr,
-    MOD_ROWS: gl.constexpr, HAS_SINKS: gl.constexpr, REGISTERS: gl.constexpr,
+    MOD_ROWS: gl.constexpr, HAS_SINKS: gl.constexpr, PERSISTENT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Work items program_id, program_id + num_programs, ...: as many programs as items, or persistent ones.
+    """As many programs as work items, or persistent ones, which get the next as `deal` says.
 
     Descriptors: q, out [B, S, Hq, D] in boxes [1, 64 // HEADS, HEADS, D]; k, v [B, KV_LEN, Hkv, D] in boxes
-    [1, BLOCK_N, 1, D]. LSE fp32 [B, Hq, S]; KV_LO, KV_HI int32 [B, S]; records as `order.work_order`.
+    [1, BLOCK_N, 1, D]. LSE fp32 [B, Hq, S]; KV_LO, KV_HI int32 [B, S]; PLAN as `order.work_order`.
     """
     PART: gl.constexpr = 64 // HEADS
     q_s = gl.allocate_shared_memory(q_desc.dtype, [Q_STAGES * CONSUMERS, 1, PART, HEADS, D], q_desc.layout)
@@ -347,8 +345,11 @@ def _hopper_fwd_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    item_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    item_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for g in gl.static_range(2):
         mbarrier.init(turn.index(g), count=1)
+        mbarrier.init(item_full.index(g), count=1)
     for x in gl.static_range(Q_STAGES * CONSUMERS):
         mbarrier.init(q_full.index(x), count=1)
         mbarrier.init(q_empty.index(x), count=1)
@@ -362,51 +363,60 @@ def _hopper_fwd_kernel(
     if CONSUMERS == 3:
         gl.warp_specialize([
             (_consumer, (
-                0, o_desc, LSE, SINKS, KV_LO, KV_HI, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
-                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
+                0, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turn, item_s, item_full, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
+                mod_args, HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
+                PERSISTENT,
             )),
             (_consumer, (
-                1, o_desc, LSE, SINKS, KV_LO, KV_HI, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
-                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
+                1, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turn, item_s, item_full, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
+                mod_args, HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
+                PERSISTENT,
             )),
             (_consumer, (
-                2, o_desc, LSE, SINKS, KV_LO, KV_HI, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
-                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
+                2, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turn, item_s, item_full, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
+                mod_args, HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
+                PERSISTENT,
             )),
             (_producer, (
-                q_desc, k_desc, v_desc, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                tiles, units, section, total, HEADS, GROUP, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
+                q_desc, k_desc, v_desc, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                item_s, item_full, tiles, units, section, total, HEADS, GROUP, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
+                PERSISTENT,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     elif CONSUMERS == 2:
         gl.warp_specialize([
             (_consumer, (
-                0, o_desc, LSE, SINKS, KV_LO, KV_HI, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
-                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
+                0, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turn, item_s, item_full, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
+                mod_args, HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
+                PERSISTENT,
             )),
             (_consumer, (
-                1, o_desc, LSE, SINKS, KV_LO, KV_HI, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
-                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
+                1, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turn, item_s, item_full, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
+                mod_args, HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
+                PERSISTENT,
             )),
             (_producer, (
-                q_desc, k_desc, v_desc, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                tiles, units, section, total, HEADS, GROUP, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
+                q_desc, k_desc, v_desc, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                item_s, item_full, tiles, units, section, total, HEADS, GROUP, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
+                PERSISTENT,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consumer, (
-                0, o_desc, LSE, SINKS, KV_LO, KV_HI, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, turn, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
-                HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
+                0, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, turn, item_s, item_full, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
+                mod_args, HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
+                PERSISTENT,
             )),
             (_producer, (
-                q_desc, k_desc, v_desc, records, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                tiles, units, section, total, HEADS, GROUP, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
+                q_desc, k_desc, v_desc, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                item_s, item_full, tiles, units, section, total, HEADS, GROUP, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
+                PERSISTENT,
             )),
         ], [1], [24])  # fmt: skip

@@ -14,7 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from packflex.attention.hopper.backward import SUMS_BEFORE, _hopper_bwd_kernel
 from packflex.attention.hopper.forward import LOG2_E, _hopper_fwd_kernel
 from packflex.attention.hopper.mods import BoundMod
-from packflex.attention.hopper.order import HEADER, tiles_of, units_per_section, work_order
+from packflex.attention.hopper.order import tiles_of, units_per_section, work_order
 from packflex.attention.hopper.prepare import (
     PREPARED_ROWS,
     STATS_BEFORE,
@@ -69,7 +69,7 @@ def launch_forward(
     keys = [1, tile.block_n, 1, head_dim]
     _hopper_fwd_kernel[(programs,)](
         descriptor(q, rows), descriptor(k, keys), descriptor(v, keys), descriptor(out, rows),
-        lse, lse if sinks is None else sinks, kv_intervals[0], kv_intervals[1], plan[HEADER.value :],
+        lse, lse if sinks is None else sinks, kv_intervals[0], kv_intervals[1], plan,
         kv_intervals.stride(1), q_len, tiles, units, section, total,
         *(score_factors(scale, softcap) if mod is None else mod.factors(scale)), mod.arguments if mod else (0,),
         **forward_constants(tile, head_dim, group, softcap > 0, sinks is not None, mod), **launch_options(tile),
@@ -170,6 +170,7 @@ def forward_constants(
         "MOD": mod.functions.forward if mod else None,
         "MOD_ROWS": mod.functions.rows if mod else None,
         "HAS_SINKS": sinks,
+        "PERSISTENT": tile.persistent,
         "REGISTERS": tile.consumer_registers,
     }
 
@@ -190,7 +191,7 @@ def backward_constants(
         "MOD": mod.functions.backward if mod else None,
         "MOD_COLUMNS": mod.functions.columns if mod else None,
         "MOD_GRAD": mod.functions.gradient if mod else None,
-        "PERSISTENT": tile.persistent > 0,
+        "PERSISTENT": tile.persistent,
         "REGISTERS": 240,
     }
 

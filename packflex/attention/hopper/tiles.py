@@ -25,7 +25,8 @@ class ForwardTile:
         q_stages: buffers of queries; 2 load the queries of the next tile beside the work on this one.
         per_sm: programs on a multiprocessor; more than one only with one consumer.
         max_heads: most query heads of a KV group in a tile's rows.
-        persistent: 1 for as many programs as fit, each with many tiles; 0 for one tile a program.
+        persistent: 0 for one tile a program; as many programs as fit, 1 with tiles dealt out beforehand, 2 taking one
+            from a counter whenever they are free.
         section_mib: K and V of the heads that are worked on side by side, in MiB of L2.
         ping_pong: 1 to let two consumers take turns in issuing their products (two consumers only).
     """
@@ -36,7 +37,7 @@ class ForwardTile:
     q_stages: int = 2
     per_sm: int = 1
     max_heads: int = 4
-    persistent: int = 1
+    persistent: int = 2
     section_mib: int = 16
     ping_pong: int = 0
 
@@ -71,7 +72,8 @@ class BackwardTile:
         stages: blocks of Q and dO in flight.
         per_sm: programs on a multiprocessor; more than one only with one consumer.
         max_heads: most query heads of a KV group in a block's rows; the others follow one after the other.
-        persistent: 1 for as many programs as fit, each of which takes a tile when it is free; 0 for one tile a program.
+        persistent: 0 for one tile a program; as many programs as fit, 1 with tiles dealt out beforehand, 2 taking one
+            from a counter whenever they are free.
         section_mib: Q, dO and dQ of the heads that are worked on side by side, in MiB of L2.
         ahead: 1 to start the scores of the next block beside the last products of this one.
     """
@@ -101,10 +103,10 @@ class BackwardTile:
 # fmt: off
 _SHORT = {  # short documents: many query heads in a narrow tile
     64:  ForwardTile(consumers=1, block_n=64, stages=3, q_stages=2, per_sm=3),
-    128: ForwardTile(consumers=3, block_n=64, stages=3, q_stages=2),
+    128: ForwardTile(consumers=3, block_n=64, stages=3, q_stages=2, persistent=1),
 }
 _SHORT_MHA = _SHORT | {
-    64:  ForwardTile(consumers=1, block_n=64, stages=3, q_stages=1, per_sm=3, persistent=0),
+    64:  ForwardTile(consumers=1, block_n=64, stages=3, q_stages=1, per_sm=3),
 }
 _LONG = {  # queries that see a thousand keys or more
     64:  ForwardTile(consumers=3, block_n=64, stages=3, q_stages=2, max_heads=1),
@@ -124,7 +126,7 @@ def default_forward_tile(head_dim: int, group: int, long: bool, softcap: bool = 
 
 
 _BACKWARD = {
-    64: BackwardTile(consumers=1, per_sm=2, persistent=1),
+    64: BackwardTile(consumers=1, per_sm=2, persistent=2),
     128: BackwardTile(consumers=2, max_heads=2, ahead=0),
 }
 _BACKWARD_LONG = {
@@ -158,6 +160,8 @@ def tile_list(kernel_options: dict[str, int] | None) -> list[int]:
             raise ValueError(f'kernel_options has no {name!r}; the tiles of backend="hopper" are {", ".join(OPTIONS)}')
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"kernel_options[{name!r}] must be an integer, 0 or more; got {value!r}")
+        if name.endswith("_persistent") and value > 2:
+            raise ValueError(f"kernel_options[{name!r}] must be 0, 1 or 2; got {value!r}")
     return [kernel_options.get(name, -1) for name in OPTIONS]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from packflex.data.errors import DataError, one_line
-from packflex.data.records import Record
+from packflex.data.records import Record, without_nulls
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -255,7 +255,7 @@ def _dataset_records(name: str, dataset: Dataset, columns: Iterable[str], also: 
     number = 0
     for batch in dataset.select_columns(chosen).with_format(None).iter(batch_size=_ROWS_AT_ONCE):
         for row in zip(*(batch[column] for column in chosen), strict=True):
-            values = {column: _without_nulls(value) for column, value in zip(chosen, row, strict=True)}
+            values = {column: without_nulls(value) for column, value in zip(chosen, row, strict=True)}
             yield Record(f"{name}:row {number}", values)
             number += 1
     if not number:
@@ -269,7 +269,7 @@ def _rows(file: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
     try:
         for batch in batches:
             for values in batch.to_pylist():
-                yield Record(f"{file}:row {number}", {key: _without_nulls(value) for key, value in values.items()})
+                yield Record(f"{file}:row {number}", {key: without_nulls(value) for key, value in values.items()})
                 number += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: broken after row {number} ({one_line(error)}); write the file again") from error
@@ -286,12 +286,3 @@ def _chosen(name: str | Path, present: Sequence[str], wanted: Iterable[str], als
             "completion_field, or messages_field (--text-field, ... on the command line)"
         )
     return chosen + [column for column in also if column in present and column not in chosen]
-
-
-def _without_nulls(value: Any) -> Any:
-    """Nested objects without null members: Arrow gives every object the members of all others, as nulls."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(member) for key, member in value.items() if member is not None}
-    if isinstance(value, list):
-        return [_without_nulls(member) for member in value]
-    return value

@@ -82,7 +82,8 @@ def normalise(record: Record, format: str, fields: Fields) -> dict[str, str]:
 def check_messages(messages: Any, source: str, field: str = "messages") -> None:
     """Check that `messages` is a conversation: a list of objects with a role and content.
 
-    The content may be missing from an assistant's message that calls tools.
+    The content may be missing from an assistant's message that calls tools. Parts of content are strings or objects,
+    and tool calls are objects.
 
     Raises:
         DataError: naming the record and the message that is wrong.
@@ -111,6 +112,33 @@ def check_messages(messages: Any, source: str, field: str = "messages") -> None:
                 f"{source}: 'content' of message {at} ({message['role']}) must be a string or a list of parts; "
                 f"got {_shown(content)}; only an assistant's message with 'tool_calls' may have none"
             )
+        for part in content if isinstance(content, list) else ():
+            if not _is_part(part):
+                raise DataError(
+                    f"{source}: a part of the content of message {at} ({message['role']}) is {_shown(part)}; parts are "
+                    "strings, or objects with a 'type', and those of the type 'text' have a string 'text'"
+                )
+        calls = message.get("tool_calls")
+        if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+            raise DataError(
+                f"{source}: 'tool_calls' of message {at} ({message['role']}) must be a list of objects; got "
+                f"{_shown(calls)}; give each call a 'function' with 'name' and 'arguments'"
+            )
+
+
+def _is_part(part: Any) -> bool:
+    if isinstance(part, dict) and part.get("type") == "text":
+        return isinstance(part.get("text"), str)
+    return isinstance(part, (str, dict))
+
+
+def without_nulls(value: Any) -> Any:
+    """Nested objects without null members: Arrow gives every object the members of all others, as nulls."""
+    if isinstance(value, dict):
+        return {key: without_nulls(member) for key, member in value.items() if member is not None}
+    if isinstance(value, list):
+        return [without_nulls(member) for member in value]
+    return value
 
 
 def _string(record: Record, field: str, option: str) -> str:

@@ -20,7 +20,7 @@ from packflex.data.chat import ChatEncoder, Turns
 from packflex.data.encoding import TextEncoder
 from packflex.data.errors import DataError
 from packflex.data.labels import IGNORED
-from packflex.data.records import check_messages
+from packflex.data.records import check_messages, without_nulls
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,7 +66,8 @@ def tokenize_documents(
     """Tokenise documents as `load_documents` gives them.
 
     Args:
-        documents: columns text, or prompt and completion, or messages (and tools); messages as lists or JSON text.
+        documents: columns text, or prompt and completion, or messages (and tools); messages as lists or JSON text
+            (in lists, members that are null are left out: Arrow gives every object the members of all others).
             A `source` column names documents in errors; without it they are called "document 12".
         tokenizer: with an end-of-sequence token, and a chat template for messages.
         train_on_prompt: supervise the prompt too.
@@ -186,7 +187,7 @@ class DocumentEncoder:
         """Tokens of the documents of a batch; those without supervision are left out where that is wanted."""
         sources = batch["source"] if "source" in batch else [f"document {i}" for i in indices]
         out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "source": [], "cut": []}
-        for source, (ids, labels) in zip(sources, self._pairs(batch, sources), strict=True):
+        for i, (source, (ids, labels)) in enumerate(zip(sources, self._pairs(batch, sources), strict=True)):
             if labels:
                 labels[0] = IGNORED
             cut = max(0, len(ids) - self.max_length) if self.max_length is not None else 0
@@ -194,7 +195,9 @@ class DocumentEncoder:
             if all(label == IGNORED for label in kept):
                 if self.drop:
                     continue
-                raise DataError(f"{source}: {self._why(ids, labels)}")
+                raise DataError(
+                    f"{source}: {self._why(ids, labels, {key: values[i] for key, values in batch.items()})}"
+                )
             out["input_ids"].append(ids[: self.max_length])
             out["labels"].append(kept)
             out["source"].append(source)
@@ -225,13 +228,12 @@ class DocumentEncoder:
 
     def _conversation(self, messages: Any, tools: Any, source: str) -> _Pair:
         assert self.chat is not None
-        messages = json.loads(messages) if isinstance(messages, str) else messages
-        tools = json.loads(tools) if isinstance(tools, str) else tools
+        messages, tools = _plain(messages), _plain(tools)
         check_messages(messages, source)
         ids, labels = self.chat.encode(messages, tools, source)
         return ids, (list(ids) if self.train_on_prompt else labels)
 
-    def _why(self, ids: list[int], labels: list[int]) -> str:
+    def _why(self, ids: list[int], labels: list[int], document: Mapping[str, Any]) -> str:
         remedy = "leave such documents out with on_unsupervised='drop' (--on-unsupervised drop)"
         first = next((i for i, label in enumerate(labels) if label != IGNORED), None)
         if first is not None:
@@ -244,7 +246,16 @@ class DocumentEncoder:
             "prompt": "the completion is empty",
             "messages": "the assistant says nothing in this conversation",
         }[self.form]
+        if self.form == "messages":
+            roles = [message["role"] for message in _plain(document["messages"])]
+            if "assistant" not in roles:
+                what += f": no message has its role, for they have {', '.join(map(repr, dict.fromkeys(roles)))}"
         return f"no supervised token: {what}; fix the record, or {remedy}"
+
+
+def _plain(column: Any) -> Any:
+    """Messages or tools as objects. Those of JSON text are as they were; Arrow's nulls may be no member of theirs."""
+    return json.loads(column) if isinstance(column, str) else without_nulls(column)
 
 
 def _strings(batch: Mapping[str, list[Any]], column: str, sources: list[str]) -> list[str]:

@@ -7,7 +7,6 @@ import pytest
 from packflex.data.chat import ChatEncoder
 from packflex.data.encoding import TextEncoder
 from packflex.data.errors import DataError
-from packflex.data.tokenizer import train_tokenizer
 
 # The form of Qwen, SmolLM and many others, with <|eos|> as the end of a turn.
 CHATML = (
@@ -41,11 +40,6 @@ TALK = [
     {"role": "user", "content": "and two?"},
     {"role": "assistant", "content": "six, I think"},
 ]
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return train_tokenizer([m["content"] for m in TALK] * 4, 300, tmp_path_factory.mktemp("cache"))
 
 
 def encode(plain, template, messages=TALK, turns="all", tools=None):
@@ -201,6 +195,7 @@ def test_calls_that_the_template_does_not_write_are_refused(plain):
             match=r"talk.jsonl:3: the assistant calls tools in message 2, .* not write the names of",
         ):
             encode(plain, template, calls, tools=schema)
+    calls[2] = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     encode(plain, TOOLS, calls, tools=schema)
 
 
@@ -218,8 +213,8 @@ def test_thoughts_without_words_are_learned(plain):
     talk = [*TALK[:2], {"role": "assistant", "content": "", "reasoning_content": "two and two", "name": "x"}, *TALK[3:]]
     _, labels = encode(plain, thinking, talk)
     assert spoken(plain, labels) == ["two and two<|eos|>", "six, I think<|eos|>"]
-    _, labels = encode(plain, CHATML, talk)
-    assert spoken(plain, labels) == ["six, I think<|eos|>"], "this template writes no thoughts"
+    with pytest.raises(DataError, match=r"does not write 'reasoning_content' of message 2 \(assistant\), so its words"):
+        encode(plain, CHATML, talk)
 
 
 @pytest.mark.parametrize("template", [MARKED, CHATML], ids=["marked", "plain"])
@@ -275,12 +270,15 @@ def test_turns_are_told_apart_where_templates_write_the_last_one_otherwise(plain
 
 def test_marks_that_two_turns_share_are_refused(plain):
     template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
-        "{% endgeneration %}{% else %}<user>{{ m.content }}{% endif %}{% endfor %}"
+        "<user>{{ messages[0].content }}{% generation %}{% for m in messages[1:] %}{{ m.content }}{{ eos_token }}"
+        "{% endfor %}{% endgeneration %}"
     )
     talk = [TALK[1], TALK[2], {"role": "assistant", "content": ""}]
-    with pytest.raises(DataError, match=r"talk.jsonl:3: the assistant says nothing in message 2, .* leave the message"):
+    with pytest.raises(DataError, match=r"talk.jsonl:3: .* marks message 2 together with message 1.* mark each"):
         encode(plain, template, talk)
+    with pytest.raises(DataError, match=r"talk.jsonl:3: .* marks message 2 together with message 1.* mark each"):
+        encode(plain, template, [*talk[:2], {"role": "assistant", "content": "six"}], turns="last")
+    assert spoken(plain, encode(plain, template, talk[:2])[1]) == ["four<|eos|>"]
 
 
 def test_calls_that_a_template_writes_in_some_turns_only(plain):

@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset, disable_progress_bars
 
 from packflex.data.errors import DataError
+from packflex.data.sources import load_documents
 from packflex.data.tokenize import tokenize_documents
 from packflex.data.tokenizer import train_tokenizer
 
@@ -141,6 +142,74 @@ def with_template(tokenizer):
     return chatty
 
 
+ASKED = {"role": "user", "content": "two"}
+CALLING = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.tool_calls | tojson if m.tool_calls else m.content }}{{ eos_token }}"
+    "{% endfor %}"
+)
+
+
+def calls(name, **arguments):
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+
+def test_nulls_that_arrow_adds_to_arguments_are_not_learned(tokenizer):
+    chatty = with_template(tokenizer)
+    chatty.chat_template = CALLING
+    documents = Dataset.from_list([calls("weather", city="Rome"), calls("add", a=2, b=2)])
+    assert documents[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
+        "city": "Rome",
+        "a": None,
+        "b": None,
+    }
+    said = [[x for x in each["labels"] if x != -100] for each in tokenize_documents(documents, chatty).dataset]
+    assert [tokenizer.decode(each).split('"arguments": ')[1] for each in said] == [
+        '{"city": "Rome"}}}]<|eos|>',
+        '{"a": 2, "b": 2}}}]<|eos|>',
+    ]
+    texts = Dataset.from_dict({"messages": [json.dumps(calls("add", a=None)["messages"])]})
+    (only,) = tokenize_documents(texts, chatty).dataset
+    assert '{"a": null}' in tokenizer.decode([x for x in only["labels"] if x != -100]), "JSON text says what it means"
+
+
+@pytest.mark.parametrize("tool_calls", [{"name": "add"}, "add(1)", 5, ["add"], [None]])
+def test_tool_calls_that_are_none(tokenizer, tmp_path, tool_calls):
+    messages = [ASKED, {"role": "assistant", "content": "four", "tool_calls": tool_calls}]
+    chatty = with_template(tokenizer)
+    with pytest.raises(
+        DataError, match=r"document 0: 'tool_calls' of message 1 \(assistant\) must be a list of objects"
+    ):
+        tokenize_documents(Dataset.from_dict({"messages": [json.dumps(messages)]}), chatty)
+    path = tmp_path / "calls.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(DataError, match=r"calls.jsonl:1: 'tool_calls' of message 1 .* 'name' and 'arguments'"):
+        load_documents("jsonl", path)
+
+
+@pytest.mark.parametrize("part", [None, 3, {"type": "text"}, {"type": "text", "text": None}])
+def test_parts_that_are_none(tokenizer, part):
+    messages = json.dumps([ASKED, {"role": "assistant", "content": [part]}])
+    with pytest.raises(DataError, match=r"document 0: a part of the content of message 1 \(assistant\) is .* 'text'"):
+        tokenize_documents(Dataset.from_dict({"messages": [messages]}), with_template(tokenizer))
+
+
+def test_a_lone_surrogate_that_json_hides(tokenizer, tmp_path):
+    path = tmp_path / "talk.jsonl"
+    messages = [ASKED, {"role": "assistant", "content": "four\ud800"}]
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(DataError, match=r"talk.jsonl:1: the messages hold a lone surrogate \('\\ud800'\).* as UTF-8"):
+        tokenize_documents(load_documents("jsonl", path), with_template(tokenizer))
+
+
+def test_roles_that_are_not_the_assistants_are_named(tokenizer):
+    messages = [[ASKED, {"role": "gpt", "content": "four"}]]
+    with pytest.raises(
+        DataError, match=r"the assistant says nothing in this conversation: .* they have 'user', 'gpt';"
+    ):
+        tokenize_documents(Dataset.from_dict({"messages": messages}), with_template(tokenizer))
+
+
 def test_messages_as_lists_or_json_text(tokenizer):
     messages = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "four"}]
     chatty = with_template(tokenizer)
@@ -149,7 +218,7 @@ def test_messages_as_lists_or_json_text(tokenizer):
     assert as_lists.dataset[0]["labels"] == as_text.dataset[0]["labels"]
     said = [label for label in as_text.dataset[0]["labels"] if label != -100]
     assert tokenizer.decode(said) == "four<|eos|>"
-    with pytest.raises(DataError, match="document 0: no supervised token: the assistant says nothing"):
+    with pytest.raises(DataError, match=r"document 0: no supervised token: the assistant says nothing.* have 'user';"):
         tokenize_documents(Dataset.from_dict({"messages": [messages[:1]]}), chatty)
     with pytest.raises(DataError, match="document 0: message 0 of 'messages' has no 'role'"):
         tokenize_documents(Dataset.from_dict({"messages": [[{"content": "two"}]]}), chatty)

@@ -1,0 +1,145 @@
+"""`WrittenWords`: sees that the chat template writes what the messages hold; many leave some of it out without a word.
+
+A template may skip whole roles (tool, system), words beside tool calls, calls in some turns, thoughts, or tools, and
+write parts of text as Python objects or not at all. Each is seen by rewording a message: what a template writes changes
+with it. Messages of a kind are looked at once, so that this costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from packflex.data.chat_template import OTHER_TEMPLATE, Conversation, Message
+from packflex.data.chat_words import (
+    ARGUMENTS,
+    NAMES,
+    THOUGHTS,
+    as_parts,
+    as_string,
+    has_thoughts,
+    is_text_only,
+    is_written_raw,
+    rewordings,
+    words,
+)
+from packflex.data.errors import DataError
+
+# In what form a template takes the content of messages: as it is, as strings, as parts of text
+_FORMS: tuple[Callable[[Message], Message], ...] = (lambda message: message, as_string, as_parts)
+
+
+class WrittenWords:
+    """Finds the form of content that a template takes, and refuses messages of which it leaves something out."""
+
+    def __init__(self) -> None:
+        self._forms: dict[Any, Callable[[Message], Message]] = {}
+        self._seen: set[Any] = set()
+
+    def brought_to_form(self, talk: Conversation) -> Conversation:
+        """The conversation, its content as strings or as parts of text where the template takes only those.
+
+        Raises:
+            DataError: a template that leaves out words, thoughts, calls or tools, whatever the form of the content; it
+                names the message, the field and the remedy.
+        """
+        key = frozenset((m["role"], _shape(m.get("content"))) for m in talk.messages), bool(talk.tools)
+        refused: DataError | None = None
+        lost = ""
+        tried: list[list[Message]] = []
+        for form in (self._forms.get(key, _FORMS[0]), *_FORMS):
+            found = talk.with_messages([form(message) for message in talk.messages])
+            if found.messages in tried:
+                continue
+            tried.append(found.messages)
+            unseen = {at: kind for at in range(len(found.messages)) if (kind := kind_of(found, at)) not in self._seen}
+            try:
+                whole = found.text() if unseen else None
+            except DataError as error:
+                refused = refused or error
+                continue
+            wrong = _wrong_content(found, unseen, whole or "")
+            if not wrong:
+                self._forms[key] = form
+                self._require_the_rest(found, unseen, whole)
+                return found
+            lost = lost or wrong
+        if lost:
+            raise DataError(f"{talk.source}: {lost}")
+        assert refused is not None
+        raise refused
+
+    def _require_the_rest(self, talk: Conversation, unseen: dict[int, Any], whole: str | None) -> None:
+        """See that thoughts, calls and tools are written, whatever the form of the content."""
+        tools = ("tools", *talk.roles[:1], *talk.roles[-1:])
+        new_tools = bool(talk.tools) and tools not in self._seen
+        for at in unseen:
+            for what, other in rewordings(talk.messages[at]).items():
+                if what == "content" or talk.text_or_none(talk.replaced(at, other)) != whole:
+                    continue
+                if what not in THOUGHTS or not _written_last(talk, at, other):
+                    raise DataError(f"{talk.source}: {_lost(talk, at, what)}")
+        if new_tools:
+            without = Conversation.of(talk.tokenizer, talk.messages, None, talk.source)
+            if without.text_or_none(talk.messages) == (talk.text() if whole is None else whole):
+                raise DataError(
+                    f"{talk.source}: {talk.template_name} does not write the 'tools' of this conversation, so they "
+                    f"would be lost; {OTHER_TEMPLATE}, or leave 'tools' out of the records"
+                )
+            self._seen.add(tools)
+        self._seen.update(unseen.values())
+
+
+def kind_of(talk: Conversation, at: int) -> tuple[Any, ...]:
+    """What a template may treat message `at` by: its role, what it holds, and the roles beside it."""
+    message = talk.messages[at]
+    calls = message.get("tool_calls") or []
+    last = calls[-1] if calls else {}
+    inner = last.get("function", last) if isinstance(last, dict) else last
+    arguments = type(inner.get("arguments")) if isinstance(inner, dict) else None
+    return (
+        frozenset((key, type(value)) for key, value in message.items() if value),
+        _shape(message.get("content")), bool(words(message.get("content")).strip()), has_thoughts(message),
+        message["role"], min(len(calls), 2), arguments, bool(talk.tools),
+        *talk.roles[at - 1 : at], ":", *talk.roles[at + 1 : at + 2],
+    )  # fmt: skip
+
+
+def _shape(content: Any) -> str:
+    return "text parts" if is_text_only(content) else type(content).__name__
+
+
+def _wrong_content(talk: Conversation, unseen: dict[int, Any], whole: str) -> str:
+    """What is wrong with how a template writes content: left out, or as objects; "" where it is all there."""
+    for at in unseen:
+        message = talk.messages[at]
+        other = rewordings(message).get("content")
+        if other and talk.text_or_none(talk.replaced(at, other)) == whole:
+            return _lost(talk, at, "content")
+        if is_written_raw(message.get("content"), whole):
+            return (
+                f"{talk.template_name} writes the parts of message {at} ({message['role']}) as objects and not as "
+                "text; give content as a string, or a template that takes parts"
+            )
+    return ""
+
+
+def _written_last(talk: Conversation, at: int, other: Message) -> bool:
+    """Whether thoughts that are not written in a turn that others follow, by design, are where it is the last one."""
+    texts = [talk.text_or_none([*talk.messages[:at], message]) for message in (talk.messages[at], other)]
+    return texts[0] is None or texts[0] != texts[1]
+
+
+def _lost(talk: Conversation, at: int, what: str) -> str:
+    role = talk.roles[at]
+    if what in (NAMES, ARGUMENTS):
+        return (
+            f"the {role} calls tools in message {at}, and {talk.template_name} does not write the {what.split()[0]} of "
+            f"these 'tool_calls', so they would be lost; {OTHER_TEMPLATE}, or leave such conversations out"
+        )
+    beside = " that also calls tools" if talk.messages[at].get("tool_calls") else ""
+    leave = f"{what!r} out of such messages" if what in THOUGHTS else "such messages out"
+    return (
+        f"{talk.template_name} does not write {what!r} of message {at} ({role}){beside}, so its words would be lost; "
+        f"{OTHER_TEMPLATE}, or leave {leave}"
+    )

@@ -1,0 +1,138 @@
+"""What a chat template leaves out of the messages is refused, by field and message; parts of text are no obstacle."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from packflex.data.chat import ChatEncoder
+from packflex.data.encoding import TextEncoder
+from packflex.data.errors import DataError
+from tests.data.test_chat import CALL, CHATML, MARKED, TALK, TOOLS, encode, spoken
+
+ASKED = {"role": "user", "content": "two plus two?"}
+FOUR = {"role": "assistant", "content": "four"}
+SCHEMA = {"type": "function", "function": {"name": "add", "parameters": {}}}
+# As Llama 3, which writes parts as Python objects; Qwen 3, which skips them; Qwen 2.5, which fails on them
+RAW = CHATML.replace("m.content", "m.content | trim")
+SKIPPING = CHATML.replace("m.content", "m.content if m.content is string else ''")
+FAILING = CHATML.replace("m.content }}", "'' + m.content }}")
+TO_JSON = CHATML.replace("m.content", "m.content if m.content is string else (m.content | tojson)")
+# As SmolVLM: parts only
+PARTS = CHATML.replace(
+    "{{ m.content }}", "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+)
+EITHER = PARTS.replace("{% for p", "{% if m.content is string %}{{ m.content }}{% else %}{% for p").replace(
+    "{% endif %}{% endfor %}{{ eos", "{% endif %}{% endfor %}{% endif %}{{ eos"
+)
+
+
+def in_parts(messages):
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+
+
+@pytest.mark.parametrize("template", [RAW, SKIPPING, FAILING, TO_JSON, PARTS, EITHER, MARKED])
+@pytest.mark.parametrize("form", [in_parts, list, lambda talk: [*in_parts(talk[:2]), *talk[2:]]], ids="psm")
+def test_text_in_parts_is_written_as_a_string_is(plain, template, form):
+    expected = encode(plain, MARKED if template is MARKED else CHATML, TALK)
+    assert encode(plain, template, form(TALK)) == expected
+    assert spoken(plain, expected[1]) == ["four<|eos|>", "six, I think<|eos|>"]
+
+
+def test_parts_and_strings_of_one_data_set(plain):
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = RAW
+    chat = ChatEncoder(TextEncoder(tokenizer))
+    assert chat.encode(TALK) == chat.encode(in_parts(TALK)) == chat.encode(TALK)
+    assert chat.encode([ASKED, {"role": "assistant", "content": ["fo", "ur"]}]) == chat.encode([ASKED, FOUR])
+    tokenizer.chat_template = PARTS
+    chat = ChatEncoder(TextEncoder(tokenizer))
+    chat.encode([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])  # either form will do
+    assert chat.encode([ASKED, FOUR]) == encode(plain, CHATML, [ASKED, FOUR])
+    assert chat.encode([{"role": "user", "content": []}, FOUR]) == chat.encode([{"role": "user", "content": ""}, FOUR])
+
+
+@pytest.mark.parametrize("content", ["  ", "\n", [{"type": "text", "text": ""}], [{"type": "text", "text": " "}], []])
+@pytest.mark.parametrize("template", [CHATML, MARKED, RAW, EITHER, PARTS])
+def test_a_blank_turn_teaches_no_end(plain, template, content):
+    talk = [*TALK[:2], {"role": "assistant", "content": content}, *TALK[3:]]
+    assert spoken(plain, encode(plain, template, talk)[1]) == ["six, I think<|eos|>"]
+
+
+MARKED_TOOLS = TOOLS.replace("{% if m.tool_calls %}", "{% generation %}{% if m.tool_calls %}").replace(
+    "{{ eos_token }}", "{{ eos_token }}{% endgeneration %}"
+)
+
+
+@pytest.mark.parametrize("template", [TOOLS, MARKED_TOOLS], ids=["plain", "marked"])
+def test_words_beside_tool_calls_that_are_not_written(plain, template):
+    turn = {"role": "assistant", "content": "let me see", "tool_calls": [CALL]}
+    lost = r"talk.jsonl:3: .* does not write 'content' of message 1 \(assistant\) that also calls tools, .* leave such"
+    with pytest.raises(DataError, match=lost):
+        encode(plain, template, [ASKED, turn])
+    with pytest.raises(DataError, match=r"does not write 'thinking' of message 1 .* leave 'thinking' out of such"):
+        encode(plain, template, [ASKED, {**turn, "content": "", "thinking": "two"}])
+    encode(plain, template, [ASKED, {**turn, "content": ""}])
+
+
+def test_thoughts_that_are_written_in_the_last_turn_only(plain):
+    """By design, as Qwen 3 and many others."""
+    template = MARKED.replace("{{ m.content }}{{ eos_token }}{% endg", "{% if loop.last %}{{ m.reasoning_content }}"
+                              "{% endif %}{{ m.content }}{{ eos_token }}{% endg")  # fmt: skip
+    thoughtful = {**FOUR, "reasoning_content": "six"}
+    _, labels = encode(plain, template, [ASKED, thoughtful, ASKED, thoughtful])
+    assert spoken(plain, labels) == ["four<|eos|>", "sixfour<|eos|>"]
+
+
+@pytest.mark.parametrize("skipped", ["system", "tool"])
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])
+def test_messages_that_are_not_written(plain, template, skipped):
+    template = template.replace("in messages %}", f"in messages if m.role != '{skipped}' %}}")
+    talk = [TALK[0], ASKED, FOUR, {"role": "tool", "content": "four"}, FOUR]
+    at = {"system": 0, "tool": 3}[skipped]
+    with pytest.raises(DataError, match=rf"does not write 'content' of message {at} \({skipped}\), .* --chat-template"):
+        encode(plain, template, talk)
+
+
+def test_a_kind_of_message_is_looked_at_where_its_words_are_not_blank(plain):
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = CHATML.replace("in messages %}", "in messages if m.role != 'system' %}")
+    chat = ChatEncoder(TextEncoder(tokenizer))
+    chat.encode([{"role": "system", "content": ""}, ASKED, FOUR])
+    with pytest.raises(DataError, match=r"does not write 'content' of message 0 \(system\)"):
+        chat.encode(TALK[:3])
+
+
+def test_a_conversation_of_which_nothing_is_written(plain):
+    users = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match=r"does not write 'content' of message 0 \(system\)"):
+        encode(plain, users, TALK[:1])
+    assert encode(plain, users, [{"role": "system", "content": ""}]) == ([], [])
+
+
+def test_tools_that_are_not_written(plain):
+    with pytest.raises(DataError, match=r"talk.jsonl:3: .* does not write the 'tools' .* leave 'tools' out"):
+        encode(plain, CHATML, TALK, tools=[SCHEMA])
+    encode(plain, CHATML, TALK, tools=[])
+    encode(plain, TOOLS, TALK, tools=[SCHEMA])
+
+
+def test_several_templates_none_of_which_is_the_default(plain):
+    with pytest.raises(
+        DataError, match=r"talk.jsonl:3: .* the chat templates 'a', 'b' and none that is called 'default'"
+    ):
+        encode(plain, {"a": CHATML, "b": CHATML})
+    assert encode(plain, {"default": CHATML, "tool_use": TOOLS}) == encode(plain, CHATML)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])
+def test_text_that_is_no_unicode(plain, template):
+    with pytest.raises(DataError, match=r"talk.jsonl:3: the messages hold a lone surrogate \('\\ud800'\)"):
+        encode(plain, template, [ASKED, {"role": "assistant", "content": "four\ud800"}])
+
+
+def test_what_no_form_of_content_mends_is_said_and_not_the_form(plain):
+    turn = {**FOUR, "thinking": "six"}
+    with pytest.raises(DataError, match=r"does not write 'thinking' of message 1 \(assistant\)"):
+        encode(plain, PARTS, [ASKED, turn])

@@ -73,7 +73,7 @@ def _bwd_producer(
     q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty,
     item_s, item_full,
     HEADS: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    PERSISTENT: gl.constexpr,
+    COUNTED: gl.constexpr,
 ):  # fmt: skip
     """Loads: K and V of each tile, then its blocks of Q, dO, lse and delta, one subgroup of heads after the other."""
     PART: gl.constexpr = 64 // HEADS
@@ -115,7 +115,7 @@ def _bwd_producer(
                 tma_load(do_desc, [i_b, pos, head, 0], o_full.index(stage), do_s.index(stage))
                 tma_load(delta_desc, [at_stat], o_full.index(stage), delta_s.index(stage))
                 c += 1
-        item = take_next(PLAN + COUNTER, item_s, item_full, j, total, PERSISTENT)
+        item = take_next(PLAN + COUNTER, item_s, item_full, j, COUNTED)
         j += 1
 
 
@@ -298,7 +298,7 @@ def _bwd_consumer(
     item_s, item_full, scale, sm, cap_in, cap_out, mod_args,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr,
-    MOD_COLUMNS: gl.constexpr, MOD_GRAD: gl.constexpr, PERSISTENT: gl.constexpr,
+    MOD_COLUMNS: gl.constexpr, MOD_GRAD: gl.constexpr, COUNTED: gl.constexpr,
 ):  # fmt: skip
     """64 keys of each tile: consumer g of CONSUMERS."""
     PART: gl.constexpr = 64 // HEADS
@@ -440,7 +440,7 @@ def _bwd_consumer(
         zero = gl.zeros([64, D], q_s.dtype, ld)
         gl.store(GRAD_K + row + o_d, zero, mask=m_row)
         gl.store(GRAD_V + row + o_d, zero, mask=m_row)
-        item = told_next(item_s, item_full, j, gl.load(PLAN + TOTAL), PERSISTENT)
+        item = told_next(item_s, item_full, j, COUNTED)
         j += 1
     tma.store_wait(0)
 
@@ -454,7 +454,7 @@ def _hopper_bwd_kernel(
     scale, sm, cap_in, cap_out, mod_args,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr,
-    MOD_COLUMNS: gl.constexpr, MOD_GRAD: gl.constexpr, PERSISTENT: gl.constexpr, REGISTERS: gl.constexpr,
+    MOD_COLUMNS: gl.constexpr, MOD_GRAD: gl.constexpr, COUNTED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As many programs as work items, or persistent ones, which get the next as `deal` says.
 
@@ -504,18 +504,18 @@ def _hopper_bwd_kernel(
                 0, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
                 kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, item_s, item_full, scale, sm, cap_in,
                 cap_out, mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD,
-                MOD_COLUMNS, MOD_GRAD, PERSISTENT,
+                MOD_COLUMNS, MOD_GRAD, COUNTED,
             )),
             (_bwd_consumer, (
                 1, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
                 kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, item_s, item_full, scale, sm, cap_in,
                 cap_out, mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD,
-                MOD_COLUMNS, MOD_GRAD, PERSISTENT,
+                MOD_COLUMNS, MOD_GRAD, COUNTED,
             )),
             (_bwd_producer, (
                 q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, PLAN, KV_HI, q_s, do_s, k_s, v_s,
                 lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty,
-                item_s, item_full, HEADS, GROUP, CONSUMERS, STAGES, PERSISTENT,
+                item_s, item_full, HEADS, GROUP, CONSUMERS, STAGES, COUNTED,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
@@ -524,11 +524,11 @@ def _hopper_bwd_kernel(
                 0, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
                 kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, item_s, item_full, scale, sm, cap_in,
                 cap_out, mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD,
-                MOD_COLUMNS, MOD_GRAD, PERSISTENT,
+                MOD_COLUMNS, MOD_GRAD, COUNTED,
             )),
             (_bwd_producer, (
                 q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, PLAN, KV_HI, q_s, do_s, k_s, v_s,
                 lse_s, delta_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty,
-                item_s, item_full, HEADS, GROUP, CONSUMERS, STAGES, PERSISTENT,
+                item_s, item_full, HEADS, GROUP, CONSUMERS, STAGES, COUNTED,
             )),
         ], [1], [24])  # fmt: skip

@@ -1,4 +1,6 @@
-"""How persistent programs come to their tiles: dealt out beforehand, or from a counter, each when it is nearly free.
+"""How programs come to their tiles: dealt out beforehand, or from a counter, each when it is nearly free.
+
+Where there are as many programs as tiles, each is dealt one.
 
 From a counter in global memory the producer takes a tile when the last of its loads for this one are left to issue: a
 tile taken sooner would wait behind a long one while others are idle. It tells the consumers through shared memory,
@@ -13,9 +15,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-# A tile's `persistent`
-DEALT, COUNTED = gl.constexpr(1), gl.constexpr(2)
-
 
 @gluon.jit
 def _dealt(turn):
@@ -26,29 +25,25 @@ def _dealt(turn):
 
 
 @gluon.jit
-def take_next(COUNTER, item_s, full, turn, total, PERSISTENT: gl.constexpr):
+def take_next(COUNTER, item_s, full, turn, COUNTED: gl.constexpr):
     """The producer's: the tile of the turn after `turn`."""
-    if PERSISTENT == COUNTED:
+    if COUNTED:
         lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
         item = gl.num_programs(0) + gl.atomic_add(COUNTER, 1, sem="relaxed")
         item_s.index(turn & 1).store(gl.zeros([1], gl.int32, lane) + item)
         mbarrier.arrive(full.index(turn & 1), count=1)
-    elif PERSISTENT == DEALT:
-        item = _dealt(turn + 1)
     else:
-        item = total
+        item = _dealt(turn + 1)
     return item
 
 
 @gluon.jit
-def told_next(item_s, full, turn, total, PERSISTENT: gl.constexpr):
+def told_next(item_s, full, turn, COUNTED: gl.constexpr):
     """A consumer's: the tile of the turn after `turn`."""
-    if PERSISTENT == COUNTED:
+    if COUNTED:
         lane: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
         mbarrier.wait(full.index(turn & 1), (turn >> 1) & 1)
         item = gl.max(item_s.index(turn & 1).load(lane), 0)
-    elif PERSISTENT == DEALT:
-        item = _dealt(turn + 1)
     else:
-        item = total
+        item = _dealt(turn + 1)
     return item

@@ -58,7 +58,7 @@ def _producer(
     q_desc, k_desc, v_desc, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     item_s, item_full, tiles, units, section, total,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
+    Q_STAGES: gl.constexpr, COUNTED: gl.constexpr,
 ):  # fmt: skip
     """Loads: the queries of each tile, then its blocks of K and V."""
     PART: gl.constexpr = 64 // HEADS  # positions of one consumer
@@ -81,7 +81,7 @@ def _producer(
             tma_load(q_desc, [i_b, pos + g * PART, head, 0], q_full.index(b), q_s.index(b))
         for i in range(blocks):
             if i == gl.maximum(blocks - STAGES, 0):
-                item = take_next(PLAN + COUNTER, item_s, item_full, j, total, PERSISTENT)
+                item = take_next(PLAN + COUNTER, item_s, item_full, j, COUNTED)
             stage = c % STAGES
             phase = ((c // STAGES) & 1) ^ 1
             key = gl.minimum(first + i * BLOCK_N, last)
@@ -191,7 +191,7 @@ def _consumer(
     stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
     HEADS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr, PING_PONG: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr, MOD_ROWS: gl.constexpr,
-    HAS_SINKS: gl.constexpr, PERSISTENT: gl.constexpr,
+    HAS_SINKS: gl.constexpr, COUNTED: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile: consumer g of CONSUMERS."""
     PART: gl.constexpr = 64 // HEADS
@@ -313,7 +313,7 @@ def _consumer(
         if Q_STAGES == 1:
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(b), count=1)
-        item = told_next(item_s, item_full, j, total, PERSISTENT)
+        item = told_next(item_s, item_full, j, COUNTED)
         j += 1
     tma.store_wait(0)
 
@@ -327,7 +327,7 @@ def _hopper_fwd_kernel(
     stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out, mod_args,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, PING_PONG: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr,
-    MOD_ROWS: gl.constexpr, HAS_SINKS: gl.constexpr, PERSISTENT: gl.constexpr, REGISTERS: gl.constexpr,
+    MOD_ROWS: gl.constexpr, HAS_SINKS: gl.constexpr, COUNTED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As many programs as work items, or persistent ones, which get the next as `deal` says.
 
@@ -366,24 +366,24 @@ def _hopper_fwd_kernel(
                 0, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, turn, item_s, item_full, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
                 mod_args, HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
-                PERSISTENT,
+                COUNTED,
             )),
             (_consumer, (
                 1, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, turn, item_s, item_full, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
                 mod_args, HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
-                PERSISTENT,
+                COUNTED,
             )),
             (_consumer, (
                 2, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, turn, item_s, item_full, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
                 mod_args, HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
-                PERSISTENT,
+                COUNTED,
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 item_s, item_full, tiles, units, section, total, HEADS, GROUP, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
-                PERSISTENT,
+                COUNTED,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     elif CONSUMERS == 2:
@@ -392,18 +392,18 @@ def _hopper_fwd_kernel(
                 0, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, turn, item_s, item_full, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
                 mod_args, HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
-                PERSISTENT,
+                COUNTED,
             )),
             (_consumer, (
                 1, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, turn, item_s, item_full, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
                 mod_args, HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
-                PERSISTENT,
+                COUNTED,
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 item_s, item_full, tiles, units, section, total, HEADS, GROUP, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
-                PERSISTENT,
+                COUNTED,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
@@ -412,11 +412,11 @@ def _hopper_fwd_kernel(
                 0, o_desc, LSE, SINKS, KV_LO, KV_HI, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, turn, item_s, item_full, stride_ib, q_len, tiles, units, section, total, sm, cap_in, cap_out,
                 mod_args, HEADS, BLOCK_N, D, CONSUMERS, STAGES, Q_STAGES, PING_PONG, SOFTCAP, MOD, MOD_ROWS, HAS_SINKS,
-                PERSISTENT,
+                COUNTED,
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, PLAN, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 item_s, item_full, tiles, units, section, total, HEADS, GROUP, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
-                PERSISTENT,
+                COUNTED,
             )),
         ], [1], [24])  # fmt: skip

@@ -170,7 +170,7 @@ def forward_constants(
         "MOD": mod.functions.forward if mod else None,
         "MOD_ROWS": mod.functions.rows if mod else None,
         "HAS_SINKS": sinks,
-        "PERSISTENT": tile.persistent,
+        "COUNTED": tile.persistent == 2,
         "REGISTERS": tile.consumer_registers,
     }
 
@@ -191,7 +191,7 @@ def backward_constants(
         "MOD": mod.functions.backward if mod else None,
         "MOD_COLUMNS": mod.functions.columns if mod else None,
         "MOD_GRAD": mod.functions.gradient if mod else None,
-        "PERSISTENT": tile.persistent,
+        "COUNTED": tile.persistent == 2,
         "REGISTERS": 240,
     }
 

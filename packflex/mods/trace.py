@@ -15,16 +15,18 @@ import inspect
 import operator
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -88,10 +90,41 @@ def trace(mod: Callable[..., Any], kind: str, device: torch.device, hold_numbers
     """
     _check_signature(mod, kind)
     recorder = _Recorder(mod)
-    graph = _record(mod, kind, device, recorder)
-    first = _FirstGraph(graph, mod, kind, device, hold_numbers)
-    program, held = _second_pass(first, mod, kind)
+    with _one_at_a_time, without_hooks(), _outside_transforms():
+        graph = _record(mod, kind, device, recorder)
+        first = _FirstGraph(graph, mod, kind, device, hold_numbers)
+        program, held = _second_pass(first, mod, kind)
     return Traced(program, first.captures, held, recorder.tape, not recorder.read_values)
+
+
+_one_at_a_time = (
+    threading.RLock()
+)  # torch.fx's patches and anomaly mode, which a trace turns off, are the whole process's
+
+
+def _outside_transforms() -> AbstractContextManager[Any]:
+    """Outside torch.func's transforms, under which every new tensor is another class and has no value."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
+
+
+@contextmanager
+def without_hooks() -> Iterator[None]:
+    """Without the caller's hooks on saved tensors (of checkpoints, of `save_on_cpu`), which `torch.func` refuses.
+
+    A checkpoint counts what its function saves, and a mod may be traced in its forward and replayed when it is run
+    again: so neither is counted, and what is computed of captured tensors is kept.
+    """
+    hooks = []
+    try:
+        while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            hooks.append(top)
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 # First pass
@@ -134,6 +167,11 @@ class _Recorder(TorchFunctionMode):
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         traced = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+            raise ModError(
+                f"{_at(_user_line(), self.mod)}: torch.func (grad, vmap, ...) does not reach what a mod captures; "
+                "write torch.autograd.grad or .backward()"
+            )
         name = getattr(func, "__name__", "")
         writes = name in _SETTERS or (name.endswith("_") and not name.startswith("_")) or kwargs.get("inplace") is True
         if (writes and tensors and (not isinstance(tensors[0], FakeTensor) or name == "__setitem__")) or (
@@ -164,7 +202,8 @@ class _Recorder(TorchFunctionMode):
         made = torch.utils._pytree.tree_leaves(result)
         if any(isinstance(x, Tensor) for x in made):
             self.tape.append(TapeEntry(func, args, kwargs, result))
-        if given and any(not isinstance(x, Tensor) for x in made) and not _tells_kind(func):
+        told = given and any(not isinstance(x, Tensor) for x in made) and not _tells_kind(func)
+        if told or any(map(_cuts_at_a_tensor, torch.utils._pytree.tree_leaves((args, kwargs)))):
             self.read_values = True
         return result
 
@@ -202,8 +241,13 @@ def _tells_kind(func: Any) -> bool:
     """Whether a function tells of a tensor what is the same for all of its kind, and no value."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
-        return getattr(getattr(func, "__self__", None), "__name__", "") not in ("grad", "_grad")
+        return getattr(getattr(func, "__self__", None), "__name__", "") not in ("grad", "_grad", "_version")
     return name in _OF_KIND or (name.startswith("is_") and name != "is_nonzero")
+
+
+def _cuts_at_a_tensor(x: Any) -> bool:
+    """Whether a slice has a tensor for a bound, whose value is then read, and which no tape can exchange."""
+    return isinstance(x, slice) and any(isinstance(bound, Tensor) for bound in (x.start, x.stop, x.step))
 
 
 _grad_wanted = [False]
@@ -512,7 +556,7 @@ def _second_pass(first: _FirstGraph, mod: Callable[..., Any], kind: str) -> tupl
         return (out, where, *vjp(grad))
 
     try:
-        with torch.enable_grad():
+        with torch.autograd.set_detect_anomaly(False, torch.is_anomaly_check_nan_enabled()), torch.enable_grad():
             graph = make_fx(joint, tracing_mode="fake", decomposition_table=decompositions())(
                 *inputs, *examples, *numbers
             )

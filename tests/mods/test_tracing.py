@@ -720,6 +720,92 @@ def test_sizes_and_kinds_are_no_values(traces):
     assert len(traces) == 1
 
 
+IDS = torch.arange(S) % 4
+BOUND = torch.tensor(4)
+SIZES = {
+    "unique": lambda: torch.unique(IDS).numel(),
+    "unique_consecutive": lambda: len(torch.unique_consecutive(IDS)),
+    "nonzero": lambda: IDS.nonzero().shape[0],
+    "argwhere": lambda: torch.argwhere(IDS).size(0),
+    "where": lambda: torch.where(IDS > 0)[0].numel(),
+    "masked": lambda: len(IDS[IDS > 0]),
+    "masked_select": lambda: torch.masked_select(IDS, IDS > 2).shape.numel(),
+    "bincount": lambda: torch.bincount(IDS).shape[-1],
+    "repeat_interleave": lambda: torch.repeat_interleave(IDS, IDS).numel(),
+    "one_hot": lambda: torch.nn.functional.one_hot(IDS.long()).shape[1],
+    "sparse": lambda: IDS.to_sparse().values().numel(),
+    "stride": lambda: IDS.nonzero().expand(-1, 2).T.contiguous().stride(0),
+    "loop": lambda: sum(1 for _ in range(len(IDS.nonzero()))),
+    "iteration": lambda: sum(1 for _ in torch.nonzero(IDS).flatten()),
+    "slice": lambda: IDS[: BOUND - 1].numel(),
+    "arange": lambda: torch.arange(BOUND).numel(),
+}
+
+
+@pytest.mark.parametrize("way", SIZES)
+def test_the_size_of_what_a_mod_computes_is_seen_to_change(way, traces):
+    count = SIZES[way]
+    before = IDS.clone(), BOUND.clone()
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score * 0.1 * count()
+
+    try:
+        seen = []
+        for ids in (before[0], torch.cat([torch.zeros(5, dtype=IDS.dtype), before[0].flip(0)[5:] % 3 * 2])):
+            IDS.copy_(ids)
+            BOUND.fill_(int(ids.max()))
+            n = count()
+            seen.append(n)
+            for _ in range(2):
+                found = attend(mod)
+                assert relative_error(found, expected(lambda s, *_, n=n: s * 0.1 * n)) < 3e-6
+        assert seen[0] != seen[1]
+        assert len(traces) == 2 or way in ("slice", "arange"), "traced again where the size is another, and only there"
+    finally:
+        IDS.copy_(before[0])
+        BOUND.copy_(before[1])
+
+
+def test_a_table_of_another_size_is_read_by_that_size():
+    table = torch.linspace(-3, 3, S)
+
+    def mod(score, b, h, q_idx, kv_idx):
+        above = table[table > 0]
+        return score + above[kv_idx % len(above)]
+
+    for shift in (0.0, 1.0, -2.0):
+        table.add_(shift)
+        above = table[table > 0].double()
+        found = attend(mod)
+        exact = expected(lambda s, b, h, q, kv, above=above: s + above[kv % len(above)])
+        assert relative_error(found, exact) < 3e-6
+
+
+def test_the_number_of_real_tokens_in_a_mask_is_seen_to_change():
+    pad = torch.arange(S) < 30
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        return (kv_idx < pad[pad].shape[0]) & (q_idx >= kv_idx)
+
+    for real in (30, 7, 7, 40):
+        pad.copy_(torch.arange(S) < real)
+        mask = create_block_mask(mask_mod, None, None, S, S, "cpu", 1).to_dense().bool()[0, 0]
+        assert torch.equal(mask, torch.ones(S, S).tril().bool() & pad)
+
+
+def test_a_slice_at_a_tensor_is_that_of_each_closure():
+    table = torch.arange(S) / 9.0
+
+    def make(start):
+        return lambda s, b, h, q, kv: s + table[start:][kv % 3]
+
+    for start in (2, 20):
+        found = attend(make(torch.tensor(start)))
+        exact = expected(lambda s, b, h, q, kv, start=start: s + (kv % 3 + start) / 9.0)
+        assert relative_error(found, exact) < 3e-6
+
+
 def test_a_tensor_that_the_walk_did_not_see_is_never_remembered(traces, monkeypatch):
     """Whatever way a mod found to a tensor, another call may find another there."""
     tables = iter([torch.full((S,), 2.0), torch.full((S,), -1.0)])

@@ -550,6 +550,101 @@ def private(x):
     return x.module.mod
 
 
+class Scaling(torch.nn.Module):
+    """A module whose `forward` alone reads `Config.factor`, called in every way there is."""
+
+    def forward(self, score):
+        return score * Config.factor
+
+    def called(self, score, *indices):
+        return self(score)
+
+    def called_as_another(this, score, *indices):  # noqa: N805
+        return this(score)
+
+    def handed_on(self, score, *indices):
+        return call(self, score)
+
+    def renamed(self, score, *indices):
+        module = self
+        return module(score)
+
+    def inside(self, score, *indices):
+        return (lambda: self(score))()
+
+    def dunder(self, score, *indices):
+        return self.__call__(score)
+
+    def by_super(self, score, *indices):
+        return super().__call__(score)
+
+    def in_two_steps(self, score, *indices):
+        return self.called(score)
+
+    def by_property(self, score, *indices):
+        return self.itself(score)
+
+    @property
+    def itself(self):
+        return self
+
+    @classmethod
+    def made(cls, score, *indices):
+        return cls()(score)
+
+    def __getitem__(self, score):
+        return self(score)
+
+
+class Outer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.layers = Scaling(), torch.nn.ModuleList([Scaling()])
+
+    def called(self, score, *indices):
+        return self.inner(score)
+
+    def deeper(self, score, *indices):
+        return self.inner.called(score)
+
+    def renamed(self, score, *indices):
+        act = self.inner
+        return act(score)
+
+    def listed(self, score, *indices):
+        return self.layers[0](score)
+
+    def children_called(self, score, *indices):
+        return next(self.children())(score)
+
+
+def call(module, score):
+    return module(score)
+
+
+def set_factor(x):
+    Config.factor = -1.0
+
+
+WAYS |= {
+    f"module: {name}": (lambda x, name=name: getattr(Scaling(), name), set_factor)
+    for name in vars(Scaling) if not name.startswith("_") and name not in ("forward", "itself")
+}  # fmt: skip
+WAYS |= {
+    f"module in a module: {name}": (lambda x, name=name: getattr(Outer(), name), set_factor)
+    for name in vars(Outer) if not name.startswith("_")
+}  # fmt: skip
+WAYS |= {
+    "module: closure": (lambda x: (lambda c: lambda s, b, h, q, kv: c(s))(Scaling()), set_factor),
+    "module: closure's item": (lambda x: (lambda c: lambda s, b, h, q, kv: c[s])(Scaling()), set_factor),
+    "module: partial": (lambda x: functools.partial(lambda c, s, b, h, q, kv: c(s), Scaling()), set_factor),
+    "module: made": (lambda x: lambda s, b, h, q, kv: Scaling()(s), set_factor),
+    "module: in a list": (lambda x: (lambda c: lambda s, b, h, q, kv: c[0](s))([Scaling()]), set_factor),
+    "module: two names": (
+        lambda x: (lambda c: chained(lambda s, *_: s * len(c._modules) + s, lambda s, *_, d=c: d(s)))(Scaling()),
+        set_factor,
+    ),
+}
 WAYS |= {
     "private attribute of a module": (private, lambda x: setattr(x.module, "_kind", "other")),
     "import": (importing, lambda x: setattr(x, "factor", -1.0)),
@@ -597,11 +692,71 @@ def test_two_modules_that_read_through_a_helper_keep_their_own_parameters():
     assert norms[0] != norms[1]
 
 
+class SelfAttention(torch.nn.Module):
+    """The usual attention module: its mod reads it, and its forward reads what no walk could follow."""
+
+    def __init__(self, way="closure"):
+        super().__init__()
+        self.project = torch.nn.Linear(8, 3 * H * 16)
+        self.table = torch.nn.Parameter(torch.randn(H, S, generator=torch.Generator().manual_seed(0)))
+        self.factor, self.way, self.steps = 2.0, way, 0
+
+    def near(self, score, b, h, q_idx, kv_idx):
+        return score * self.factor + self.bias(h, q_idx - kv_idx)
+
+    def bias(self, h, distance):
+        return self.table[h, distance.abs()]
+
+    def doubled(self, score, b, h, q_idx, kv_idx):
+        return self.near(score, b, h, q_idx, kv_idx) * 2
+
+    def closure(self):
+        return lambda s, b, h, q, kv: s * self.factor + self.table[h, (q - kv).abs()]
+
+    def forward(self, x):
+        import packflex
+
+        self.steps += 1
+        q, k, v = self.project(x).view(1, S, 3, H, 16).permute(2, 0, 3, 1, 4)
+        mod = self.near if getattr(self, "way", None) == "method" else self.closure()
+        return packflex.flex_attention(q, k, v, score_mod=mod, backend="triton", kernel_options=SMALL_TILES)
+
+
+@pytest.mark.parametrize("way", ["closure", "method"])
+def test_an_attention_module_is_traced_once_and_seen_to_change(way, traces):
+    module = SelfAttention(way)
+    x = torch.randn(1, S, 8)
+
+    def found_and_exact():
+        q, k, v = module.project(x).view(1, S, 3, H, 16).permute(2, 0, 3, 1, 4).detach().double()
+        table, factor = module.table.detach().double(), module.factor
+        seen = torch.ones(1, H, S, S, dtype=torch.bool)
+        score = lambda s, b, h, q, kv: s * factor + table[h, (q - kv).abs()]  # noqa: E731
+        return module(x), modified_attention(q, k, v, seen, score, None, None)[0]
+
+    for _ in range(3):
+        out, exact = found_and_exact()
+        assert relative_error(out, exact) < 3e-6
+        out.square().sum().backward()
+    assert len(traces) == 1
+    assert module.table.grad.norm() > 1e-3
+    module.table = torch.nn.Parameter(torch.randn(H, S))
+    assert relative_error(*found_and_exact()) < 3e-6
+    assert len(traces) == 1, "another parameter of the same kind"
+    for name, value in (("factor", -0.5), ("table", torch.nn.Parameter(torch.randn(H, 2 * S)))):
+        setattr(module, name, value)
+        before = len(traces)
+        assert relative_error(*found_and_exact()) < 3e-6
+        assert relative_error(*found_and_exact()) < 3e-6
+        assert len(traces) == before + (name == "factor") + (name == "table")
+
+
 def test_usual_mods_are_traced_once(traces):
     """A key that is never the same would cost milliseconds at each call, and no result would show it."""
     table = torch.nn.Parameter(torch.randn(H, S))
     layout = PackedLayout.from_lengths([[20, S - 20]], S)
-    module, slope = Private("double"), Slope()
+    module, slope, attention = Private("double"), Slope(), SelfAttention()
+    attention.register_forward_hook(lambda module, inputs, output: None)
 
     class Learned(torch.nn.Module):
         def __init__(self):
@@ -619,6 +774,7 @@ def test_usual_mods_are_traced_once(traces):
         lambda s, b, h, q, kv: s + table[h, kv],
         functools.partial(lambda s, b, h, q, kv, *, w: s * w, w=2.0),
         Learned(), Learned().forward, module.mod, lambda s, b, h, q, kv: slope.helper(s),
+        attention.closure(), attention.near, attention.doubled, lambda s, b, h, q, kv: s + attention.table[h, kv],
         score_mods.alibi(H), score_mods.softcap(3.0), score_mods.relative_bias(torch.randn(H, 32)),
         score_mods.compose(score_mods.alibi(H), score_mods.distance_penalty(0.5)),
     ]  # fmt: skip

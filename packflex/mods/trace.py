@@ -34,7 +34,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from packflex.layout import is_on
 from packflex.mods.aten import IDENTITIES, decompositions, is_supported, kernel_dtype, mark_exact, to_nodes
-from packflex.mods.errors import ModError, ModIndexError, ModTypeError, located, name_of
+from packflex.mods.errors import (
+    MADE_INSIDE,
+    ModError,
+    ModIndexError,
+    ModTypeError,
+    located,
+    name_of,
+    without_kernel,
+)
 from packflex.mods.nodes import INDICES, Builder, CapturedGradient, Layout, Node, Program
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -43,6 +51,7 @@ _SETTERS = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "
             "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "set_", "resize_"}  # fmt: skip
 _OF_KIND = {"size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "__len__", "get_device", "type",
             "__hash__", "result_type", "broadcast_shapes"}  # fmt: skip
+_OF_ALL = {"sum", "mean", "prod", "max", "min", "all", "any", "norm", "std", "var", "median", "argmax", "argmin", "dot"}
 _MAKERS = {torch.tensor, torch.as_tensor, torch.scalar_tensor}
 _ON_THE_HOST = (
     "a Python `if`, `and`, `or`, `not`, int(), float() or .item() on an index or a score, whose value is known only "
@@ -183,7 +192,7 @@ class _Recorder(TorchFunctionMode):
             )
         if not traced and (tensors or func in _MAKERS):
             return self._for_real(func, args, kwargs)
-        with _noting(_user_line()):
+        with _noting(_user_line(), name):
             if func is Tensor.__getitem__:
                 return self._read(*args)
             return func(*args, **kwargs)
@@ -213,7 +222,8 @@ class _Recorder(TorchFunctionMode):
         taken = sum(1 for item in items if item is not None and item is not Ellipsis)
         if taken > table.dim():
             raise ModIndexError(
-                f"{_at(_user_line(), self.mod)}: {taken} indices into a tensor of shape {tuple(table.shape)}"
+                f"{_at(_user_line(), self.mod)}: {taken} indices into a tensor of shape {tuple(table.shape)}; "
+                f"it takes {table.dim()}, one for each axis"
             )
         if Ellipsis in [item for item in items if not isinstance(item, Tensor)]:
             at = next(i for i, item in enumerate(items) if item is Ellipsis)
@@ -258,17 +268,19 @@ def _wants_grad() -> bool:
 
 
 @contextmanager
-def _noting(line: str) -> Iterator[None]:
+def _noting(line: str, function: str = "") -> Iterator[None]:
+    """Give the nodes that are made the user's line, and the function that the user calls there."""
+    noted = {"stack_trace": line, "torch_fn": function}
     with fx_traceback.preserve_node_meta():
-        before = fx_traceback.current_meta.get("stack_trace")
-        fx_traceback.current_meta["stack_trace"] = line
+        meta = fx_traceback.current_meta
+        before = {key: meta[key] for key in noted if key in meta}
+        meta.update(noted)
         try:
             yield
         finally:
-            if before is None:
-                fx_traceback.current_meta.pop("stack_trace", None)
-            else:
-                fx_traceback.current_meta["stack_trace"] = before
+            for key in noted:
+                del meta[key]
+            meta.update(before)
 
 
 _given_line = [""]
@@ -391,15 +403,13 @@ class _FirstGraph:
         self._check_result()
 
     def _fail(self, node: Any, text: str, kind: type[ModError] = ModError) -> ModError:
-        return kind(f"{_at(_line_of(node), self.mod)}: {text}")
+        return kind(f"{_at(_line_of(node) or _line_of(_user(node)), self.mod)}: {text}")
 
     def _capture(self, node: Any, tensor: Tensor) -> None:
         if isinstance(tensor, FakeTensor):
             constant = getattr(tensor, "constant", None)
             if constant is None:
-                raise self._fail(
-                    node, "a tensor made inside the mod is used as a table; make it before, and capture it"
-                )
+                raise self._fail(node, f"a tensor made inside the mod is used as a table; {MADE_INSIDE}")
             tensor = constant
         if tensor.dtype.is_complex:
             raise self._fail(
@@ -447,23 +457,28 @@ class _FirstGraph:
             raise self._fail(node, _ON_THE_HOST)
         for argument in node.all_input_nodes:
             if argument in self.partial:
+                if _op_name(target).startswith("lift_fresh"):  # what torch does with new tensors
+                    raise self._fail(node, f"a tensor made inside the mod is used as a table; {MADE_INSIDE}")
                 raise self._fail(
                     node,
-                    f"{_op_name(target)} is not pointwise: it takes a whole captured tensor, or a row of one, of shape "
+                    f"{_called(node)} is not pointwise: it takes a whole captured tensor, or a row of one, of shape "
                     f"{tuple(argument.meta['val'].shape) if 'val' in argument.meta else '?'}; read one element as "
                     "table[i, j], or compute the result before and capture that",
                 )
         values = node.meta.get("val")
         if isinstance(values, Tensor) and values.dim():
-            raise self._fail(
-                node, f"{_op_name(target)} makes a tensor of shape {tuple(values.shape)}; a mod works on single numbers"
+            remedy = (
+                "a mod works on single numbers: combine them by pairs, as in torch.maximum(a, b)"
+                if node.all_input_nodes
+                else MADE_INSIDE
             )
+            raise self._fail(node, f"{_called(node)} makes a tensor of shape {tuple(values.shape)}; {remedy}")
         if isinstance(values, Tensor) and values.dtype.is_complex:
-            raise self._fail(node, f"{_op_name(target)} gives {values.dtype}; kernels take bool, integers and floats")
+            raise self._fail(node, f"{_called(node)} gives {values.dtype}; kernels take bool, integers and floats")
         if not is_supported(target):
-            raise self._fail(
-                node, f"{_op_name(target)} is not a pointwise operation that kernels have; see docs/masks.md"
-            )
+            alike = [other.target for other in self.nodes if _called(other) == _called(node)]
+            random = any(torch.Tag.nondeterministic_seeded in getattr(other, "tags", ()) for other in alike)
+            raise self._fail(node, without_kernel(_called(node), random, _is_of_many(target)))
 
     def _check_result(self) -> None:
         value = self.out.meta.get("val") if hasattr(self.out, "meta") else None
@@ -499,6 +514,18 @@ def _user(node: Any) -> Any:
 
 def _op_name(target: Any) -> str:
     return getattr(target, "__name__", str(target)).split(".")[0].removeprefix("_")
+
+
+def _called(node: Any) -> str:
+    """The operation of a node, by the name that the user calls it by."""
+    return (node.meta.get("torch_fn") or "").strip("_") or _op_name(node.target)
+
+
+def _is_of_many(target: Any) -> bool:
+    """Whether an operation takes an axis, or all elements."""
+    schema = getattr(target, "_schema", None)
+    takes = {argument.name for argument in schema.arguments} if schema is not None else set()
+    return not takes.isdisjoint({"dim", "dims", "mat2", "correction"}) or _op_name(target) in _OF_ALL
 
 
 # Second pass

@@ -34,6 +34,8 @@ _MAKES = {"__init__", "__new__", "__post_init__"}  # run where the mod makes an 
 _NOT_RUN = {"__init_subclass__", "__repr__", "__str__", "__del__", "__reduce__", "__reduce_ex__", "__getstate__",
             "__setstate__", "__copy__", "__deepcopy__", "__setattr__", "__delattr__", "__class_getitem__",
             "__replace__"}  # fmt: skip
+# Modules whose functions give another value each time
+_VARYING = {"random", "_random", "numpy.random", "numpy.random.mtrand", "time", "datetime", "secrets", "uuid"}
 # Ways from a module to what its code does not name
 _FROM_MODULES = {"children", "named_children", "modules", "named_modules", "get_submodule", "apply", "state_dict",
                  "parameters", "named_parameters", "get_parameter", "buffers", "named_buffers",
@@ -132,6 +134,8 @@ class Fingerprint:
             if value.__name__ in _BY_OTHER_WAYS:
                 raise UnknownValueError(value.__name__)
             owner = value.__self__
+            if _VARYING & {getattr(value, "__module__", None), type(owner).__module__}:
+                raise UnknownValueError(value.__qualname__)
             of_module = owner is None or isinstance(owner, types.ModuleType)
             return self._identity(value) if of_module else ("bound", value.__name__, self._walk(owner))
         if isinstance(value, _BY_IDENTITY) or kind.__module__.startswith("torch._ops"):
@@ -182,6 +186,8 @@ class Fingerprint:
         return ("function", code, *reached, *self._named(function.__dict__))
 
     def _module(self, module: types.ModuleType) -> Any:
+        if module.__name__ in _VARYING or (module is np and "random" in self._names):
+            raise UnknownValueError(module.__name__)
         if _is_library(module.__name__):
             return ("module", module.__name__)
         if "__getattr__" in vars(module):

@@ -73,8 +73,9 @@ def lift(mod: Callable[..., Any], kind: str, device: torch.device) -> Lifted:
         device = torch.device("cuda", torch.cuda.current_device())
     try:
         fingerprint = Fingerprint(mod)
-        # tensors made while tracing carry a gradient only where gradients are on
-        key = (kind, device, torch.is_grad_enabled(), fingerprint.key)
+        # tensors made while tracing carry a gradient only where gradients are on; a mod may ask for the others
+        modes = torch.is_grad_enabled(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+        key = (kind, device, modes, fingerprint.key)
         known = _traces.get(key)
     except (UnknownValueError, TypeError, ValueError):
         return _finished(trace(mod, kind, device))

@@ -4,10 +4,13 @@ import collections
 import functools
 import gc
 import math
+import random
 import sys
+import time
 import weakref
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 
@@ -960,6 +963,32 @@ def test_a_slice_at_a_tensor_is_that_of_each_closure():
         found = attend(make(torch.tensor(start)))
         exact = expected(lambda s, b, h, q, kv, start=start: s + (kv % 3 + start) / 9.0)
         assert relative_error(found, exact) < 3e-6
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: random.random(), random.random, lambda: np.random.rand(), np.random.rand, lambda: time.time()]
+)
+def test_what_varies_by_itself_is_asked_for_at_each_call(draw):
+    def mod(score, b, h, q_idx, kv_idx):
+        return score * float(draw())
+
+    found = []
+    for _ in range(2):
+        found.append(lift(mod, "score", CPU).numbers)
+        time.sleep(0.01)
+    assert found[0] != found[1]
+
+
+def test_modes_that_a_mod_may_ask_for_are_part_of_the_key(traces):
+    def mod(score, b, h, q_idx, kv_idx):
+        return score * (2.0 if torch.are_deterministic_algorithms_enabled() else -1.0)
+
+    assert relative_error(attend(mod), expected(lambda s, b, h, q, kv: -s)) < 3e-6
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert relative_error(attend(mod), expected(lambda s, b, h, q, kv: 2 * s)) < 3e-6
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_tensor_that_the_walk_did_not_see_is_never_remembered(traces, monkeypatch):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from packflex.mods.fingerprint import Fingerprint, UnknownValueError
 from packflex.mods.nodes import Program, ordered
-from packflex.mods.trace import TapeEntry, Traced, trace, without_hooks
+from packflex.mods.trace import TapeEntry, Traced, apart_from_the_caller, trace
 
 _MOST_TRACES = 512
 PROGRAMS: dict[str, Program] = {}
@@ -153,7 +153,7 @@ class _Recipe:
                 return x
             return reached[x.number] if x.kind == "reached" else made[x.number][x.leaf]
 
-        with without_hooks():
+        with apart_from_the_caller():
             for entry in self.tape:
                 args, kwargs = tree_map(found, (entry.args, entry.kwargs))
                 made.append(tree_leaves(entry.function(*args, **kwargs)))

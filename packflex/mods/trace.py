@@ -99,7 +99,7 @@ def trace(mod: Callable[..., Any], kind: str, device: torch.device, hold_numbers
     """
     _check_signature(mod, kind)
     recorder = _Recorder(mod)
-    with _one_at_a_time, without_hooks(), _outside_transforms():
+    with _one_at_a_time, apart_from_the_caller(), _outside_transforms():
         graph = _record(mod, kind, device, recorder)
         first = _FirstGraph(graph, mod, kind, device, hold_numbers)
         program, held = _second_pass(first, mod, kind)
@@ -119,18 +119,19 @@ def _outside_transforms() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def without_hooks() -> Iterator[None]:
-    """Without the caller's hooks on saved tensors (of checkpoints, of `save_on_cpu`), which `torch.func` refuses.
+def apart_from_the_caller() -> Iterator[None]:
+    """Without the caller's hooks on saved tensors (of checkpoints, of `save_on_cpu`) and dispatch modes.
 
-    A checkpoint counts what its function saves, and a mod may be traced in its forward and replayed when it is run
-    again: so neither is counted, and what is computed of captured tensors is kept.
+    `torch.func` refuses such hooks. A checkpoint counts what its function saves and runs, while a mod may be traced in
+    its forward and replayed when it is run again: so neither is seen, and what is computed of captured tensors is kept.
     """
     hooks = []
     try:
         while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
             torch._C._autograd._pop_saved_tensors_default_hooks()
             hooks.append(top)
-        yield
+        with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
+            yield
     finally:
         for pack, unpack in reversed(hooks):
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
@@ -239,7 +240,7 @@ class _Recorder(TorchFunctionMode):
         if all(item is None for item in kept):
             return table
         for item in kept:
-            if item is not None and (item.dim() or item.dtype.is_floating_point or item.dtype == torch.bool):
+            if item is not None and (item.dim() or item.dtype not in (torch.int32, torch.int64)):
                 raise ModError(
                     f"{_at(_user_line(), self.mod)}: a captured tensor is read with an index of {item.dtype} "
                     f"{tuple(item.shape)}; indices are single integers: convert with .int(), or use torch.where"
@@ -358,6 +359,8 @@ def _explained(error: Exception, mod: Callable[..., Any], kind: str) -> ModError
         or "is_nonzero" in text
     ):
         return ModError(f"{at}: {_ON_THE_HOST}")
+    if ".numpy()" in text:
+        return ModError(f"{at}: numpy cannot be traced; write torch's function of that name")
     if isinstance(error, TypeError | ValueError) and "device" not in text:
         return ModTypeError(f"{kind}_mod {at}: {name}: {text}")
     return ModError(f"{kind}_mod {at}: {name}: {text}")

@@ -1,11 +1,12 @@
 """What surrounds a call (checkpoints, saved-tensor hooks, anomaly mode, torch.func) does not reach its trace."""
 
+import functools
 import threading
 from collections import OrderedDict
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from packflex import create_block_mask, flex_attention, masks, score_mods
 from packflex.mods import lifted as lifted_module
@@ -105,6 +106,26 @@ def test_a_size_that_changes_under_a_checkpoint():
             leaf = x.clone().requires_grad_()
             found.append(torch.autograd.grad(run(leaf).square().sum(), (leaf, gate)))
         assert all(map(torch.equal, *found))
+
+
+def test_a_selective_checkpoint():
+    """It looks for each kept operation again; those of a mod's captured tensors are not its own."""
+    x = torch.randn(1, H, S, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.randn(H, H, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def attend(x):
+        mod = lambda s, b, h, q, kv: s * torch.sigmoid(weight @ weight)[h, 0]  # noqa: E731
+        return flex_attention(x, x, x, score_mod=mod, backend="triton", kernel_options=SMALL_TILES)
+
+    def kept(context, operation, *arguments, **options):
+        return CheckpointPolicy.MUST_SAVE if "mm" in str(operation) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    plain = torch.autograd.grad(attend(x).square().sum(), (x, weight))
+    lifted_module._traces.clear()
+    for _ in range(2):
+        out = checkpoint(attend, x, use_reentrant=False, context_fn=contexts)
+        assert all(map(torch.equal, torch.autograd.grad(out.square().sum(), (x, weight)), plain))
 
 
 def test_evaluated_masks_are_made_under_a_checkpoint():

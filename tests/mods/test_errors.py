@@ -257,6 +257,14 @@ def float_index(score, b, h, q_idx, kv_idx):
     return score + floats[kv_idx / 2]  # here
 
 
+def short_index(score, b, h, q_idx, kv_idx):
+    return score + floats[kv_idx.short()]  # here
+
+
+def uses_numpy(score, b, h, q_idx, kv_idx):
+    return score + np.tanh(score)  # here
+
+
 def bool_index(score, b, h, q_idx, kv_idx):
     return score + floats[kv_idx > 2]  # here
 
@@ -333,6 +341,8 @@ BAD = [
     (another_device, "a captured tensor of shape (6,) is on meta, query on cpu", "move it with .to('cpu')"),
     (complex_numbers, "torch.complex64", "kernels take bool, integers and floats"),
     (float_index, "an index of torch.float32", "convert with .int()"),
+    (short_index, "an index of torch.int16", "convert with .int()"),
+    (uses_numpy, "numpy cannot be traced", "write torch's function of that name"),
     (bool_index, "an index of torch.bool", "torch.where"),
     (slice_of_an_index, "int()", WHERE),
     (too_many_indices, "2 indices into a tensor of shape (6,)", "it takes 1, one for each axis"),

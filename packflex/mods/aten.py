@@ -233,7 +233,7 @@ def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> N
         return make("sign" if name == "sgn" else name, env[arguments[0]])
     if name in ("isnan", "isinf"):
         return make(name, given(arguments[0], FLOAT))
-    raise NotImplementedError(f"{name} has no kernel form; docs/masks.md lists the functions that have")
+    raise NotImplementedError(f"{name} has no kernel form: write it with the operations that docs/masks.md lists")
 
 
 def _fill(name: str, arguments: list[Any], options: Any, builder: Builder, dtype: torch.dtype, env: Any) -> Node:

@@ -7,6 +7,8 @@ import linecache
 from collections.abc import Callable
 from typing import Any
 
+MADE_INSIDE = "a mod works on single numbers: make it before the mod and capture it, then read table[i]"
+
 
 class ModError(ValueError):
     """A score_mod or mask_mod that cannot become a kernel."""
@@ -49,6 +51,30 @@ def located(name: str, line: str) -> str:
     text = linecache.getline(file, int(number)).strip()
     text = text if len(text) <= 120 else text[:117] + "..."
     return f"{name}, at {line}{f' `{text}`' if text else ''}"
+
+
+def without_kernel(operation: str, random: bool, of_many: bool) -> str:
+    """Why an operation has no kernel form, and how to do without it.
+
+    Args:
+        operation: as the user calls it.
+        random: whether it draws random numbers.
+        of_many: whether it takes a row of numbers, as sums and sorts do.
+    """
+    if random:
+        return (
+            f"{operation} draws random numbers, and kernels draw none: draw before the mod and read what was drawn, as "
+            "in torch.where(keep[h, q_idx, kv_idx], score, -torch.inf)"
+        )
+    if of_many:
+        return (
+            f"{operation} is of many numbers, and a mod has one score at a time: of scores it cannot be written (the "
+            "softmax comes after the mod); of captured tensors compute it before, and capture the result"
+        )
+    return (
+        f"{operation} is not a pointwise operation that kernels have: write it with the operations that docs/masks.md "
+        "lists"
+    )
 
 
 def short_name(name: str) -> str:

@@ -9,6 +9,7 @@ traced at each call.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import dis
 import enum
 import functools
@@ -33,6 +34,13 @@ _MAKES = {"__init__", "__new__", "__post_init__"}  # run where the mod makes an 
 _NOT_RUN = {"__init_subclass__", "__repr__", "__str__", "__del__", "__reduce__", "__reduce_ex__", "__getstate__",
             "__setstate__", "__copy__", "__deepcopy__", "__setattr__", "__delattr__", "__class_getitem__",
             "__replace__"}  # fmt: skip
+# Modules whose functions give another value each time
+_VARYING = {"random", "_random", "numpy.random", "numpy.random.mtrand", "time", "datetime", "secrets", "uuid"}
+# Ways from a module to what its code does not name
+_FROM_MODULES = {"children", "named_children", "modules", "named_modules", "get_submodule", "apply", "state_dict",
+                 "parameters", "named_parameters", "get_parameter", "buffers", "named_buffers",
+                 "get_buffer"}  # fmt: skip
+_CALLS = {"__call__", "_call_impl", "_wrapped_call_impl"}  # which run `forward`
 _MOST = 4000
 _TupleGetter: Any = type(vars(collections.namedtuple("_Named", "x"))["x"])
 
@@ -52,8 +60,9 @@ class Fingerprint:
 
     def __init__(self, mod: Any) -> None:
         # An attribute may be read by code that is found only later, so a walk is repeated until it finds no new name.
+        # Among the names are `_Bare` ones, and the classes of modules that the mod may call.
         start = getattr(mod, "__code__", type(mod))
-        known = _known_names.get(start, frozenset())
+        known: frozenset[Any] = _known_names.get(start, frozenset())
         while True:
             self.tensors: list[Tensor] = []
             self.kept: list[Any] = []
@@ -61,7 +70,7 @@ class Fingerprint:
             self._classes: dict[type, int] = {}
             self._alive: list[Any] = []  # values made by the walk itself, whose identity must last as long as it
             self._names = known
-            self._found: set[str] = set()
+            self._found: set[Any] = set()
             self._count = 0
             self.key = self._walk(mod)
             if self._found <= known:
@@ -71,7 +80,8 @@ class Fingerprint:
             _known_names.clear()
         _known_names[start] = known
 
-    def _walk(self, value: Any) -> Any:
+    def _walk(self, value: Any, name: str | None = None) -> Any:
+        """The key of a value, which the mod's code has by `name`, or by other ways."""
         self._count += 1
         if self._count > _MOST:
             raise UnknownValueError("too many values")
@@ -83,6 +93,8 @@ class Fingerprint:
             if kind.__module__ == "builtins" or _is_library(kind.__module__):
                 return (kind, text)
             return (kind, text, self._class_of_object(kind), *self._named(getattr(value, "__dict__", {})))
+        if isinstance(value, torch.nn.Module) and (name is None or _Bare(name) in self._names):
+            self._found.add(kind)
         if id(value) in self._seen:
             return ("again", self._seen[id(value)])
         self._seen[id(value)] = len(self._seen)
@@ -96,7 +108,8 @@ class Fingerprint:
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, types.MethodType):
-            return ("method", self._walk(value.__func__), self._walk(value.__self__))
+            by = None if _hands_on_its_object(value.__func__) else ""
+            return ("method", self._walk(value.__func__), self._walk(value.__self__, by))
         if isinstance(value, staticmethod | classmethod):
             return (kind, self._walk(value.__func__))
         if isinstance(value, property):
@@ -121,6 +134,8 @@ class Fingerprint:
             if value.__name__ in _BY_OTHER_WAYS:
                 raise UnknownValueError(value.__name__)
             owner = value.__self__
+            if _VARYING & {getattr(value, "__module__", None), type(owner).__module__}:
+                raise UnknownValueError(value.__qualname__)
             of_module = owner is None or isinstance(owner, types.ModuleType)
             return self._identity(value) if of_module else ("bound", value.__name__, self._walk(owner))
         if isinstance(value, _BY_IDENTITY) or kind.__module__.startswith("torch._ops"):
@@ -130,11 +145,15 @@ class Fingerprint:
     def _all(self, values: Iterable[Any]) -> list[Any]:
         return [self._walk(value) for value in values]
 
+    def _by_names(self, names: Iterable[str], values: Iterable[Any]) -> list[Any]:
+        return [self._walk(value, name) for name, value in zip(names, values, strict=True)]
+
     def _named(self, held: Mapping[str, Any]) -> list[Any]:
         """Those attributes whose names occur in the mod's code."""
         if not held:
             return []
-        return self._all([x for name in sorted(self._names & held.keys()) for x in (name, held[name])])
+        names = sorted(self._names & held.keys())
+        return [*names, *self._by_names(names, [held[name] for name in names])]
 
     def _identity(self, value: Any) -> Any:
         self.kept.append(value)
@@ -142,7 +161,10 @@ class Fingerprint:
 
     def _function(self, function: types.FunctionType) -> Any:
         code = function.__code__
-        if _is_library(function.__globals__.get("__name__")):  # its `__module__` may be another's, by functools.wraps
+        module = function.__globals__.get("__name__")  # its `__module__` may be another's, by functools.wraps
+        if module is not None and module.startswith("packflex.attention.") and not function.__closure__:
+            return self._identity(function)  # what runs mods is none
+        if _is_library(module):
             if not function.__closure__:
                 return self._identity(function)
             # such as torch's and_masks of the user's masks
@@ -153,13 +175,19 @@ class Fingerprint:
             raise UnknownValueError(f"{function.__qualname__} finds values by {', '.join(names & _BY_OTHER_WAYS)}")
         if _imports(code):
             raise UnknownValueError(f"{function.__qualname__} imports")
-        self._found |= names
+        self._found |= names | _bare_names(code)
         cells = [cell.cell_contents if _filled(cell) else None for cell in function.__closure__ or ()]
-        reached = [function.__globals__[name] for name in _names_in_order(code) if name in function.__globals__]
-        defaults = (function.__defaults__, function.__kwdefaults__)
-        return ("function", code, *self._all((*defaults, *cells, *reached)), *self._named(function.__dict__))
+        used = [name for name in _names_in_order(code) if name in function.__globals__]
+        reached = [
+            *self._all((function.__defaults__, function.__kwdefaults__)),
+            *self._by_names(code.co_freevars, cells),
+            *self._by_names(used, [function.__globals__[name] for name in used]),
+        ]
+        return ("function", code, *reached, *self._named(function.__dict__))
 
     def _module(self, module: types.ModuleType) -> Any:
+        if module.__name__ in _VARYING or (module is np and "random" in self._names):
+            raise UnknownValueError(module.__name__)
         if _is_library(module.__name__):
             return ("module", module.__name__)
         if "__getattr__" in vars(module):
@@ -167,22 +195,33 @@ class Fingerprint:
         return ("module", module.__name__, *self._named(vars(module)))
 
     def _class(self, kind: type, passed_over: frozenset[str]) -> Any:
-        """A class by identity, with what its code reaches and the attributes that the mod may read."""
+        """A class by identity, with what its code reaches and the attributes that the mod may read.
+
+        A module's `forward` is run where the mod calls the module, and not where the mod is a closure over it: the
+        forward of attention itself reaches much that no mod does.
+        """
         key = self._identity(kind)
+        is_module = issubclass(kind, torch.nn.Module)
+        may_call = is_module and (not passed_over or self._may_call(kind))
         for base in kind.__mro__:
             if _is_library(base.__module__):
                 continue
             held = vars(base)
             for name in sorted(held):
                 found = held[name]
-                called = name.startswith("__") or (name == "forward" and issubclass(kind, torch.nn.Module))
+                called = name.startswith("__") or (name == "forward" and may_call)
                 special = called and isinstance(found, types.FunctionType)
                 special = special and name not in _NOT_RUN and name not in passed_over
                 if name in ("__getattr__", "__getattribute__"):
                     raise UnknownValueError(f"{base.__name__}.{name}")
                 if name in self._names or special:
-                    key += (name, self._walk(found))
+                    key += (name, self._walk(found, name))
+                    if is_module and _hands_on_its_object(found):
+                        self._found.add(kind)
         return key
+
+    def _may_call(self, kind: type) -> bool:
+        return kind in self._names or not _CALLS.isdisjoint(self._names)
 
     def _object(self, value: Any) -> Any:
         kind = type(value)
@@ -193,8 +232,10 @@ class Fingerprint:
             raise UnknownValueError(kind.__name__)
         held = value.__dict__
         if isinstance(value, torch.nn.Module):
-            if value._forward_hooks or value._forward_pre_hooks:
+            if (value._forward_hooks or value._forward_pre_hooks) and self._may_call(kind):
                 raise UnknownValueError(f"hooks of {kind.__name__}")
+            if not _FROM_MODULES.isdisjoint(self._names):
+                raise UnknownValueError(f"{', '.join(_FROM_MODULES & self._names)} of {kind.__name__}")
             held = {**held, **value._buffers, **value._parameters, **value._modules}
             if _is_library(kind.__module__):  # its code is not looked at, so all that it holds may be read
                 parts = [x for name in sorted(held) if not name.startswith("_") for x in (name, held[name])]
@@ -210,8 +251,15 @@ class Fingerprint:
         return self._class(kind, frozenset(_MAKES))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Bare:
+    """A name whose value some code uses for more than to look up its attributes."""
+
+    name: str
+
+
 # By the code (or class) of a mod: the names that its walk found the last time; more of them do no harm
-_known_names: dict[Any, frozenset[str]] = {}
+_known_names: dict[Any, frozenset[Any]] = {}
 
 
 def _is_library(module: str | None) -> bool:
@@ -233,6 +281,33 @@ def _names(code: types.CodeType) -> frozenset[str]:
 @functools.lru_cache(maxsize=4096)
 def _names_in_order(code: types.CodeType) -> list[str]:
     return sorted(_names(code))
+
+
+@functools.lru_cache(maxsize=4096)
+def _bare_names(code: types.CodeType) -> frozenset[_Bare]:
+    """The names that a function's code, or that of a function inside it, loads and does not take an attribute of next.
+
+    `self.table[h]` loads self for its attribute, and table bare; `self.act(x)` loads act bare, and `f(self)` self.
+    """
+    names: set[str] = set()
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("EXTENDED_ARG", "NOP", "CACHE")]
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        if "LOAD" not in step.opname or step.opname == "LOAD_CONST":
+            continue
+        loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)  # some load two
+        attribute = following is not None and following.opname in ("LOAD_ATTR", "LOAD_METHOD")
+        names.update(name for name in (loaded[:-1] if attribute else loaded) if isinstance(name, str))
+    inner = [_bare_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return frozenset(map(_Bare, names)).union(*inner)
+
+
+def _hands_on_its_object(found: Any) -> bool:
+    """Whether what a class holds may use the object that it is called on for more than its attributes."""
+    found = found.fget if isinstance(found, property) else getattr(found, "func", found)
+    if not isinstance(found, types.FunctionType):
+        return not isinstance(found, staticmethod) and (callable(found) or hasattr(type(found), "__get__"))
+    code = found.__code__
+    return not code.co_argcount or _Bare(code.co_varnames[0]) in _bare_names(code)
 
 
 @functools.lru_cache(maxsize=4096)

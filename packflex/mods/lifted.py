@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from packflex.mods.fingerprint import Fingerprint, UnknownValueError
 from packflex.mods.nodes import Program, ordered
-from packflex.mods.trace import TapeEntry, Traced, trace
+from packflex.mods.trace import TapeEntry, Traced, apart_from_the_caller, trace
 
 _MOST_TRACES = 512
 PROGRAMS: dict[str, Program] = {}
@@ -73,14 +73,17 @@ def lift(mod: Callable[..., Any], kind: str, device: torch.device) -> Lifted:
         device = torch.device("cuda", torch.cuda.current_device())
     try:
         fingerprint = Fingerprint(mod)
-        # tensors made while tracing carry a gradient only where gradients are on
-        key = (kind, device, torch.is_grad_enabled(), fingerprint.key)
+        # tensors made while tracing carry a gradient only where gradients are on; a mod may ask for the others
+        modes = torch.is_grad_enabled(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+        key = (kind, device, modes, fingerprint.key)
         known = _traces.get(key)
     except (UnknownValueError, TypeError, ValueError):
         return _finished(trace(mod, kind, device))
     if known is not None:
         _traces.move_to_end(key)
-        return known.lifted(fingerprint.tensors)
+        lifted = known.lifted(fingerprint.tensors)
+        if lifted is not None:
+            return lifted
     traced = trace(mod, kind, device)
     recipe = _Recipe.of(traced, fingerprint)
     if recipe is not None:
@@ -117,7 +120,7 @@ class _Recipe:
     numbers: list[float | int]
     captures: list[Any]
     held: list[tuple[int, Any]]
-    tape: list[TapeEntry]
+    tape: list[TapeEntry]  # with the forms of its results
     kept: list[Any]
 
     @staticmethod
@@ -129,20 +132,20 @@ class _Recipe:
         tape = []
         for number, entry in enumerate(traced.tape):
             args, kwargs = tree_map(lambda x: places.get(id(x), x), (entry.args, entry.kwargs))
-            tape.append(TapeEntry(entry.function, args, kwargs, None))
-            for leaf, value in enumerate(tree_leaves(entry.result)):
+            made = tree_leaves(entry.result)
+            tape.append(TapeEntry(entry.function, args, kwargs, [_form(x) for x in made]))
+            for leaf, value in enumerate(made):
                 places.setdefault(id(value), _Place("made", number, leaf))
         captures = [places.get(id(x), x) for x in traced.captures]
         held = [(slot, places.get(id(x), x)) for slot, x in traced.held.items()]
         numbers = [scalar.argument() for scalar in traced.program.scalars]
-        used = any(isinstance(x, _Place) and x.kind == "made" for x in [*captures, *(x for _, x in held)])
-        tape = tape if used else []
         given = tree_leaves([[entry.args, entry.kwargs] for entry in tape])
         if any(isinstance(x, Tensor) for x in [*captures, *(x for _, x in held), *given]):
             return None
         return _Recipe(intern(traced.program), numbers, captures, held, tape, fingerprint.kept)
 
-    def lifted(self, reached: list[Tensor]) -> Lifted:
+    def lifted(self, reached: list[Tensor]) -> Lifted | None:
+        """None where a result has another form than when it was traced: the mod may have used its size."""
         made: list[list[Any]] = []
 
         def found(x: Any) -> Any:
@@ -150,9 +153,12 @@ class _Recipe:
                 return x
             return reached[x.number] if x.kind == "reached" else made[x.number][x.leaf]
 
-        for entry in self.tape:
-            args, kwargs = tree_map(found, (entry.args, entry.kwargs))
-            made.append(tree_leaves(entry.function(*args, **kwargs)))
+        with apart_from_the_caller():
+            for entry in self.tape:
+                args, kwargs = tree_map(found, (entry.args, entry.kwargs))
+                made.append(tree_leaves(entry.function(*args, **kwargs)))
+                if [_form(x) for x in made[-1]] != entry.result:
+                    return None
         numbers = list(self.numbers)
         for slot, x in self.held:
             value = found(x).item()
@@ -167,3 +173,10 @@ class _Place:
     kind: str
     number: int
     leaf: int = 0
+
+
+def _form(x: Any) -> Any:
+    """All that a mod knows of a tensor without reading its values."""
+    if not isinstance(x, Tensor):
+        return None
+    return x.shape, x.stride() if x.layout == torch.strided else x.layout, x.dtype, x.device, x.requires_grad

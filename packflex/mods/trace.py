@@ -15,16 +15,18 @@ import inspect
 import operator
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -32,7 +34,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from packflex.layout import is_on
 from packflex.mods.aten import IDENTITIES, decompositions, is_supported, kernel_dtype, mark_exact, to_nodes
-from packflex.mods.errors import ModError, ModIndexError, ModTypeError, located, name_of
+from packflex.mods.errors import (
+    MADE_INSIDE,
+    ModError,
+    ModIndexError,
+    ModTypeError,
+    located,
+    name_of,
+    without_kernel,
+)
 from packflex.mods.nodes import INDICES, Builder, CapturedGradient, Layout, Node, Program
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -41,6 +51,7 @@ _SETTERS = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "
             "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "set_", "resize_"}  # fmt: skip
 _OF_KIND = {"size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "__len__", "get_device", "type",
             "__hash__", "result_type", "broadcast_shapes"}  # fmt: skip
+_OF_ALL = {"sum", "mean", "prod", "max", "min", "all", "any", "norm", "std", "var", "median", "argmax", "argmin", "dot"}
 _MAKERS = {torch.tensor, torch.as_tensor, torch.scalar_tensor}
 _ON_THE_HOST = (
     "a Python `if`, `and`, `or`, `not`, int(), float() or .item() on an index or a score, whose value is known only "
@@ -88,10 +99,42 @@ def trace(mod: Callable[..., Any], kind: str, device: torch.device, hold_numbers
     """
     _check_signature(mod, kind)
     recorder = _Recorder(mod)
-    graph = _record(mod, kind, device, recorder)
-    first = _FirstGraph(graph, mod, kind, device, hold_numbers)
-    program, held = _second_pass(first, mod, kind)
+    with _one_at_a_time, apart_from_the_caller(), _outside_transforms():
+        graph = _record(mod, kind, device, recorder)
+        first = _FirstGraph(graph, mod, kind, device, hold_numbers)
+        program, held = _second_pass(first, mod, kind)
     return Traced(program, first.captures, held, recorder.tape, not recorder.read_values)
+
+
+_one_at_a_time = (
+    threading.RLock()
+)  # torch.fx's patches and anomaly mode, which a trace turns off, are the whole process's
+
+
+def _outside_transforms() -> AbstractContextManager[Any]:
+    """Outside torch.func's transforms, under which every new tensor is another class and has no value."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
+
+
+@contextmanager
+def apart_from_the_caller() -> Iterator[None]:
+    """Without the caller's hooks on saved tensors (of checkpoints, of `save_on_cpu`) and dispatch modes.
+
+    `torch.func` refuses such hooks. A checkpoint counts what its function saves and runs, while a mod may be traced in
+    its forward and replayed when it is run again: so neither is seen, and what is computed of captured tensors is kept.
+    """
+    hooks = []
+    try:
+        while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            hooks.append(top)
+        with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
+            yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 # First pass
@@ -134,6 +177,11 @@ class _Recorder(TorchFunctionMode):
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         traced = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+            raise ModError(
+                f"{_at(_user_line(), self.mod)}: torch.func (grad, vmap, ...) does not reach what a mod captures; "
+                "write torch.autograd.grad or .backward()"
+            )
         name = getattr(func, "__name__", "")
         writes = name in _SETTERS or (name.endswith("_") and not name.startswith("_")) or kwargs.get("inplace") is True
         if (writes and tensors and (not isinstance(tensors[0], FakeTensor) or name == "__setitem__")) or (
@@ -145,7 +193,7 @@ class _Recorder(TorchFunctionMode):
             )
         if not traced and (tensors or func in _MAKERS):
             return self._for_real(func, args, kwargs)
-        with _noting(_user_line()):
+        with _noting(_user_line(), name):
             if func is Tensor.__getitem__:
                 return self._read(*args)
             return func(*args, **kwargs)
@@ -164,7 +212,8 @@ class _Recorder(TorchFunctionMode):
         made = torch.utils._pytree.tree_leaves(result)
         if any(isinstance(x, Tensor) for x in made):
             self.tape.append(TapeEntry(func, args, kwargs, result))
-        if given and any(not isinstance(x, Tensor) for x in made) and not _tells_kind(func):
+        told = given and any(not isinstance(x, Tensor) for x in made) and not _tells_kind(func)
+        if told or any(map(_cuts_at_a_tensor, torch.utils._pytree.tree_leaves((args, kwargs)))):
             self.read_values = True
         return result
 
@@ -174,7 +223,8 @@ class _Recorder(TorchFunctionMode):
         taken = sum(1 for item in items if item is not None and item is not Ellipsis)
         if taken > table.dim():
             raise ModIndexError(
-                f"{_at(_user_line(), self.mod)}: {taken} indices into a tensor of shape {tuple(table.shape)}"
+                f"{_at(_user_line(), self.mod)}: {taken} indices into a tensor of shape {tuple(table.shape)}; "
+                f"it takes {table.dim()}, one for each axis"
             )
         if Ellipsis in [item for item in items if not isinstance(item, Tensor)]:
             at = next(i for i, item in enumerate(items) if item is Ellipsis)
@@ -190,7 +240,7 @@ class _Recorder(TorchFunctionMode):
         if all(item is None for item in kept):
             return table
         for item in kept:
-            if item is not None and (item.dim() or item.dtype.is_floating_point or item.dtype == torch.bool):
+            if item is not None and (item.dim() or item.dtype not in (torch.int32, torch.int64)):
                 raise ModError(
                     f"{_at(_user_line(), self.mod)}: a captured tensor is read with an index of {item.dtype} "
                     f"{tuple(item.shape)}; indices are single integers: convert with .int(), or use torch.where"
@@ -202,8 +252,13 @@ def _tells_kind(func: Any) -> bool:
     """Whether a function tells of a tensor what is the same for all of its kind, and no value."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
-        return getattr(getattr(func, "__self__", None), "__name__", "") not in ("grad", "_grad")
+        return getattr(getattr(func, "__self__", None), "__name__", "") not in ("grad", "_grad", "_version")
     return name in _OF_KIND or (name.startswith("is_") and name != "is_nonzero")
+
+
+def _cuts_at_a_tensor(x: Any) -> bool:
+    """Whether a slice has a tensor for a bound, whose value is then read, and which no tape can exchange."""
+    return isinstance(x, slice) and any(isinstance(bound, Tensor) for bound in (x.start, x.stop, x.step))
 
 
 _grad_wanted = [False]
@@ -214,17 +269,19 @@ def _wants_grad() -> bool:
 
 
 @contextmanager
-def _noting(line: str) -> Iterator[None]:
+def _noting(line: str, function: str = "") -> Iterator[None]:
+    """Give the nodes that are made the user's line, and the function that the user calls there."""
+    noted = {"stack_trace": line, "torch_fn": function}
     with fx_traceback.preserve_node_meta():
-        before = fx_traceback.current_meta.get("stack_trace")
-        fx_traceback.current_meta["stack_trace"] = line
+        meta = fx_traceback.current_meta
+        before = {key: meta[key] for key in noted if key in meta}
+        meta.update(noted)
         try:
             yield
         finally:
-            if before is None:
-                fx_traceback.current_meta.pop("stack_trace", None)
-            else:
-                fx_traceback.current_meta["stack_trace"] = before
+            for key in noted:
+                del meta[key]
+            meta.update(before)
 
 
 _given_line = [""]
@@ -302,6 +359,8 @@ def _explained(error: Exception, mod: Callable[..., Any], kind: str) -> ModError
         or "is_nonzero" in text
     ):
         return ModError(f"{at}: {_ON_THE_HOST}")
+    if ".numpy()" in text:
+        return ModError(f"{at}: numpy cannot be traced; write torch's function of that name")
     if isinstance(error, TypeError | ValueError) and "device" not in text:
         return ModTypeError(f"{kind}_mod {at}: {name}: {text}")
     return ModError(f"{kind}_mod {at}: {name}: {text}")
@@ -347,15 +406,13 @@ class _FirstGraph:
         self._check_result()
 
     def _fail(self, node: Any, text: str, kind: type[ModError] = ModError) -> ModError:
-        return kind(f"{_at(_line_of(node), self.mod)}: {text}")
+        return kind(f"{_at(_line_of(node) or _line_of(_user(node)), self.mod)}: {text}")
 
     def _capture(self, node: Any, tensor: Tensor) -> None:
         if isinstance(tensor, FakeTensor):
             constant = getattr(tensor, "constant", None)
             if constant is None:
-                raise self._fail(
-                    node, "a tensor made inside the mod is used as a table; make it before, and capture it"
-                )
+                raise self._fail(node, f"a tensor made inside the mod is used as a table; {MADE_INSIDE}")
             tensor = constant
         if tensor.dtype.is_complex:
             raise self._fail(
@@ -403,23 +460,28 @@ class _FirstGraph:
             raise self._fail(node, _ON_THE_HOST)
         for argument in node.all_input_nodes:
             if argument in self.partial:
+                if _op_name(target).startswith("lift_fresh"):  # what torch does with new tensors
+                    raise self._fail(node, f"a tensor made inside the mod is used as a table; {MADE_INSIDE}")
                 raise self._fail(
                     node,
-                    f"{_op_name(target)} is not pointwise: it takes a whole captured tensor, or a row of one, of shape "
+                    f"{_called(node)} is not pointwise: it takes a whole captured tensor, or a row of one, of shape "
                     f"{tuple(argument.meta['val'].shape) if 'val' in argument.meta else '?'}; read one element as "
                     "table[i, j], or compute the result before and capture that",
                 )
         values = node.meta.get("val")
         if isinstance(values, Tensor) and values.dim():
-            raise self._fail(
-                node, f"{_op_name(target)} makes a tensor of shape {tuple(values.shape)}; a mod works on single numbers"
+            remedy = (
+                "a mod works on single numbers: combine them by pairs, as in torch.maximum(a, b)"
+                if node.all_input_nodes
+                else MADE_INSIDE
             )
+            raise self._fail(node, f"{_called(node)} makes a tensor of shape {tuple(values.shape)}; {remedy}")
         if isinstance(values, Tensor) and values.dtype.is_complex:
-            raise self._fail(node, f"{_op_name(target)} gives {values.dtype}; kernels take bool, integers and floats")
+            raise self._fail(node, f"{_called(node)} gives {values.dtype}; kernels take bool, integers and floats")
         if not is_supported(target):
-            raise self._fail(
-                node, f"{_op_name(target)} is not a pointwise operation that kernels have; see docs/masks.md"
-            )
+            alike = [other.target for other in self.nodes if _called(other) == _called(node)]
+            random = any(torch.Tag.nondeterministic_seeded in getattr(other, "tags", ()) for other in alike)
+            raise self._fail(node, without_kernel(_called(node), random, _is_of_many(target)))
 
     def _check_result(self) -> None:
         value = self.out.meta.get("val") if hasattr(self.out, "meta") else None
@@ -455,6 +517,18 @@ def _user(node: Any) -> Any:
 
 def _op_name(target: Any) -> str:
     return getattr(target, "__name__", str(target)).split(".")[0].removeprefix("_")
+
+
+def _called(node: Any) -> str:
+    """The operation of a node, by the name that the user calls it by."""
+    return (node.meta.get("torch_fn") or "").strip("_") or _op_name(node.target)
+
+
+def _is_of_many(target: Any) -> bool:
+    """Whether an operation takes an axis, or all elements."""
+    schema = getattr(target, "_schema", None)
+    takes = {argument.name for argument in schema.arguments} if schema is not None else set()
+    return not takes.isdisjoint({"dim", "dims", "mat2", "correction"}) or _op_name(target) in _OF_ALL
 
 
 # Second pass
@@ -512,7 +586,7 @@ def _second_pass(first: _FirstGraph, mod: Callable[..., Any], kind: str) -> tupl
         return (out, where, *vjp(grad))
 
     try:
-        with torch.enable_grad():
+        with torch.autograd.set_detect_anomaly(False, torch.is_anomaly_check_nan_enabled()), torch.enable_grad():
             graph = make_fx(joint, tracing_mode="fake", decomposition_table=decompositions())(
                 *inputs, *examples, *numbers
             )

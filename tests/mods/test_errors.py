@@ -4,6 +4,7 @@ import functools
 import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,10 +18,15 @@ learned = torch.zeros(6, requires_grad=True)
 far = torch.zeros(6, device="meta")
 waves = torch.zeros(6, dtype=torch.complex64)
 flags = torch.ones(6, dtype=torch.bool)
+array = np.zeros(6, dtype=np.float32)
 WHERE = "torch.where(condition, a, b)"
 READS = "only reads: compute a new value instead"
 ELEMENT = "read one element as table[i, j]"
-NUMBERS = "a mod works on single numbers"
+NUMBERS = "a mod works on single numbers: combine them by pairs, as in torch.maximum(a, b)"
+MADE = "a mod works on single numbers: make it before the mod and capture it, then read table[i]"
+LISTED = "write it with the operations that docs/masks.md lists"
+MANY = "of scores it cannot be written (the softmax comes after the mod); of captured tensors compute it before"
+DRAWN = "draw before the mod and read what was drawn, as in torch.where(keep[h, q_idx, kv_idx], score, -torch.inf)"
 
 
 # Each mod's offending line ends with "# here"
@@ -169,6 +175,14 @@ def softmax_of_the_score(score, b, h, q_idx, kv_idx):
     return torch.softmax(score, 0)  # here
 
 
+def cumsum_of_the_score(score, b, h, q_idx, kv_idx):
+    return torch.cumsum(score, 0)  # here
+
+
+def sorts_the_score(score, b, h, q_idx, kv_idx):
+    return torch.sort(score).values  # here
+
+
 def sorts(score, b, h, q_idx, kv_idx):
     return score + torch.sort(table[h]).values[kv_idx]  # here
 
@@ -179,6 +193,10 @@ def stacks(score, b, h, q_idx, kv_idx):
 
 def draws(score, b, h, q_idx, kv_idx):
     return score + torch.rand_like(score)  # here
+
+
+def draws_one(score, b, h, q_idx, kv_idx):
+    return score + torch.randn(())  # here
 
 
 def drops_out(score, b, h, q_idx, kv_idx):
@@ -195,6 +213,22 @@ def adds_a_table(score, b, h, q_idx, kv_idx):
 
 def makes_a_vector(score, b, h, q_idx, kv_idx):
     return score + torch.arange(3)  # here
+
+
+def reads_a_vector(score, b, h, q_idx, kv_idx):
+    return score + torch.arange(6)[kv_idx]  # here
+
+
+def reads_ones(score, b, h, q_idx, kv_idx):
+    return score + torch.ones(6)[kv_idx]  # here
+
+
+def reads_an_array(score, b, h, q_idx, kv_idx):
+    return score + torch.from_numpy(array)[kv_idx]  # here
+
+
+def rounds_to_the_next(score, b, h, q_idx, kv_idx):
+    return torch.nextafter(score, score * 2)  # here
 
 
 def special_function(score, b, h, q_idx, kv_idx):
@@ -221,6 +255,14 @@ def complex_numbers(score, b, h, q_idx, kv_idx):
 
 def float_index(score, b, h, q_idx, kv_idx):
     return score + floats[kv_idx / 2]  # here
+
+
+def short_index(score, b, h, q_idx, kv_idx):
+    return score + floats[kv_idx.short()]  # here
+
+
+def uses_numpy(score, b, h, q_idx, kv_idx):
+    return score + np.tanh(score)  # here
 
 
 def bool_index(score, b, h, q_idx, kv_idx):
@@ -274,30 +316,39 @@ BAD = [
     (writes_a_score_to_out, "mul changes a captured tensor in place", READS),
     (scatters, "index_add changes a captured tensor in place", READS),
     (sums_a_row, "sum is not pointwise", ELEMENT),
-    (means_over_scores, "mean is not", "docs/masks.md"),
+    (means_over_scores, "`: mean is of many numbers", MANY),
     (multiplies_matrices, "is not pointwise", ELEMENT),
     (softmax_of_a_row, "softmax is not pointwise", ELEMENT),
     (cumsum_of_a_row, "cumsum is not pointwise", ELEMENT),
-    (softmax_of_the_score, "softmax is not", "docs/masks.md"),
+    (softmax_of_the_score, "`: softmax is of many numbers", MANY),
+    (cumsum_of_the_score, "`: cumsum is of many numbers", MANY),
+    (sorts_the_score, "`: sort is of many numbers", MANY),
     (sorts, "sort is not pointwise", ELEMENT),
     (stacks, "makes a tensor of shape (2,)", NUMBERS),
-    (draws, "rand_like is not", "docs/masks.md"),
-    (drops_out, "is not", "docs/masks.md"),
+    (draws, "`: rand_like draws random numbers", DRAWN),
+    (draws_one, "`: randn draws random numbers", DRAWN),
+    (drops_out, "`: dropout draws random numbers", DRAWN),
     (adds_a_row, "add is not pointwise", ELEMENT),
     (adds_a_table, "add is not pointwise", ELEMENT),
-    (makes_a_vector, "makes a tensor of shape (3,)", NUMBERS),
-    (special_function, "i0 has no kernel form", "docs/masks.md lists"),
+    (makes_a_vector, "`: arange makes a tensor of shape (3,)", MADE),
+    (reads_a_vector, "`: arange makes a tensor of shape (6,)", MADE),
+    (reads_ones, "`: ones makes a tensor of shape (6,)", MADE),
+    (reads_an_array, "a tensor made inside the mod is used as a table", MADE),
+    (special_function, "i0 has no kernel form", LISTED),
+    (rounds_to_the_next, "nextafter has no kernel form", LISTED),
     (integer_power, "an integer power of an integer has no kernel form", "use floats"),
     (without_grad, "torch.no_grad()", "write .detach() on what gets no gradient"),
     (another_device, "a captured tensor of shape (6,) is on meta, query on cpu", "move it with .to('cpu')"),
     (complex_numbers, "torch.complex64", "kernels take bool, integers and floats"),
     (float_index, "an index of torch.float32", "convert with .int()"),
+    (short_index, "an index of torch.int16", "convert with .int()"),
+    (uses_numpy, "numpy cannot be traced", "write torch's function of that name"),
     (bool_index, "an index of torch.bool", "torch.where"),
-    (slice_of_an_index, "int()", ""),
-    (too_many_indices, "2 indices into a tensor of shape (6,)", ""),
-    (own_mistake, "KeyError: 'bias'", ""),
-    (type_mistake, "TypeError", "str"),
-    (unknown_name, "name 'bias' is not defined", ""),
+    (slice_of_an_index, "int()", WHERE),
+    (too_many_indices, "2 indices into a tensor of shape (6,)", "it takes 1, one for each axis"),
+    (own_mistake, "KeyError", "# here`: KeyError: 'bias'"),
+    (type_mistake, "# here`: TypeError: ", "str"),
+    (unknown_name, "NameError", "# here`: NameError: name 'bias' is not defined"),
 ]
 
 
@@ -327,6 +378,7 @@ def test_the_message_names_everything(mod, operation, remedy, backend):
     assert f"test_errors.py:{line_of(mod)}" in text
     assert inspect.getsource(mod).splitlines()[line_of(mod) - inspect.getsourcelines(mod)[1]].strip() in text
     assert operation in text
+    assert remedy
     assert remedy in text
     assert "\n" not in text.strip()
     assert len(PROGRAMS) == programs, "nothing is kept of a mod that was refused"
@@ -351,6 +403,7 @@ def test_masks_are_told_the_same(mod, operation, remedy):
     assert mod.__name__ in text
     assert f"test_errors.py:{line_of(mod)}" in text
     assert operation in text
+    assert remedy
     assert remedy in text
 
 

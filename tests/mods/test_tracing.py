@@ -4,10 +4,13 @@ import collections
 import functools
 import gc
 import math
+import random
 import sys
+import time
 import weakref
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 
@@ -550,6 +553,101 @@ def private(x):
     return x.module.mod
 
 
+class Scaling(torch.nn.Module):
+    """A module whose `forward` alone reads `Config.factor`, called in every way there is."""
+
+    def forward(self, score):
+        return score * Config.factor
+
+    def called(self, score, *indices):
+        return self(score)
+
+    def called_as_another(this, score, *indices):  # noqa: N805
+        return this(score)
+
+    def handed_on(self, score, *indices):
+        return call(self, score)
+
+    def renamed(self, score, *indices):
+        module = self
+        return module(score)
+
+    def inside(self, score, *indices):
+        return (lambda: self(score))()
+
+    def dunder(self, score, *indices):
+        return self.__call__(score)
+
+    def by_super(self, score, *indices):
+        return super().__call__(score)
+
+    def in_two_steps(self, score, *indices):
+        return self.called(score)
+
+    def by_property(self, score, *indices):
+        return self.itself(score)
+
+    @property
+    def itself(self):
+        return self
+
+    @classmethod
+    def made(cls, score, *indices):
+        return cls()(score)
+
+    def __getitem__(self, score):
+        return self(score)
+
+
+class Outer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.layers = Scaling(), torch.nn.ModuleList([Scaling()])
+
+    def called(self, score, *indices):
+        return self.inner(score)
+
+    def deeper(self, score, *indices):
+        return self.inner.called(score)
+
+    def renamed(self, score, *indices):
+        act = self.inner
+        return act(score)
+
+    def listed(self, score, *indices):
+        return self.layers[0](score)
+
+    def children_called(self, score, *indices):
+        return next(self.children())(score)
+
+
+def call(module, score):
+    return module(score)
+
+
+def set_factor(x):
+    Config.factor = -1.0
+
+
+WAYS |= {
+    f"module: {name}": (lambda x, name=name: getattr(Scaling(), name), set_factor)
+    for name in vars(Scaling) if not name.startswith("_") and name not in ("forward", "itself")
+}  # fmt: skip
+WAYS |= {
+    f"module in a module: {name}": (lambda x, name=name: getattr(Outer(), name), set_factor)
+    for name in vars(Outer) if not name.startswith("_")
+}  # fmt: skip
+WAYS |= {
+    "module: closure": (lambda x: (lambda c: lambda s, b, h, q, kv: c(s))(Scaling()), set_factor),
+    "module: closure's item": (lambda x: (lambda c: lambda s, b, h, q, kv: c[s])(Scaling()), set_factor),
+    "module: partial": (lambda x: functools.partial(lambda c, s, b, h, q, kv: c(s), Scaling()), set_factor),
+    "module: made": (lambda x: lambda s, b, h, q, kv: Scaling()(s), set_factor),
+    "module: in a list": (lambda x: (lambda c: lambda s, b, h, q, kv: c[0](s))([Scaling()]), set_factor),
+    "module: two names": (
+        lambda x: (lambda c: chained(lambda s, *_: s * len(c._modules) + s, lambda s, *_, d=c: d(s)))(Scaling()),
+        set_factor,
+    ),
+}
 WAYS |= {
     "private attribute of a module": (private, lambda x: setattr(x.module, "_kind", "other")),
     "import": (importing, lambda x: setattr(x, "factor", -1.0)),
@@ -597,11 +695,71 @@ def test_two_modules_that_read_through_a_helper_keep_their_own_parameters():
     assert norms[0] != norms[1]
 
 
+class SelfAttention(torch.nn.Module):
+    """The usual attention module: its mod reads it, and its forward reads what no walk could follow."""
+
+    def __init__(self, way="closure"):
+        super().__init__()
+        self.project = torch.nn.Linear(8, 3 * H * 16)
+        self.table = torch.nn.Parameter(torch.randn(H, S, generator=torch.Generator().manual_seed(0)))
+        self.factor, self.way, self.steps = 2.0, way, 0
+
+    def near(self, score, b, h, q_idx, kv_idx):
+        return score * self.factor + self.bias(h, q_idx - kv_idx)
+
+    def bias(self, h, distance):
+        return self.table[h, distance.abs()]
+
+    def doubled(self, score, b, h, q_idx, kv_idx):
+        return self.near(score, b, h, q_idx, kv_idx) * 2
+
+    def closure(self):
+        return lambda s, b, h, q, kv: s * self.factor + self.table[h, (q - kv).abs()]
+
+    def forward(self, x):
+        import packflex
+
+        self.steps += 1
+        q, k, v = self.project(x).view(1, S, 3, H, 16).permute(2, 0, 3, 1, 4)
+        mod = self.near if getattr(self, "way", None) == "method" else self.closure()
+        return packflex.flex_attention(q, k, v, score_mod=mod, backend="triton", kernel_options=SMALL_TILES)
+
+
+@pytest.mark.parametrize("way", ["closure", "method"])
+def test_an_attention_module_is_traced_once_and_seen_to_change(way, traces):
+    module = SelfAttention(way)
+    x = torch.randn(1, S, 8)
+
+    def found_and_exact():
+        q, k, v = module.project(x).view(1, S, 3, H, 16).permute(2, 0, 3, 1, 4).detach().double()
+        table, factor = module.table.detach().double(), module.factor
+        seen = torch.ones(1, H, S, S, dtype=torch.bool)
+        score = lambda s, b, h, q, kv: s * factor + table[h, (q - kv).abs()]  # noqa: E731
+        return module(x), modified_attention(q, k, v, seen, score, None, None)[0]
+
+    for _ in range(3):
+        out, exact = found_and_exact()
+        assert relative_error(out, exact) < 3e-6
+        out.square().sum().backward()
+    assert len(traces) == 1
+    assert module.table.grad.norm() > 1e-3
+    module.table = torch.nn.Parameter(torch.randn(H, S))
+    assert relative_error(*found_and_exact()) < 3e-6
+    assert len(traces) == 1, "another parameter of the same kind"
+    for name, value in (("factor", -0.5), ("table", torch.nn.Parameter(torch.randn(H, 2 * S)))):
+        setattr(module, name, value)
+        before = len(traces)
+        assert relative_error(*found_and_exact()) < 3e-6
+        assert relative_error(*found_and_exact()) < 3e-6
+        assert len(traces) == before + (name == "factor") + (name == "table")
+
+
 def test_usual_mods_are_traced_once(traces):
     """A key that is never the same would cost milliseconds at each call, and no result would show it."""
     table = torch.nn.Parameter(torch.randn(H, S))
     layout = PackedLayout.from_lengths([[20, S - 20]], S)
-    module, slope = Private("double"), Slope()
+    module, slope, attention = Private("double"), Slope(), SelfAttention()
+    attention.register_forward_hook(lambda module, inputs, output: None)
 
     class Learned(torch.nn.Module):
         def __init__(self):
@@ -619,6 +777,7 @@ def test_usual_mods_are_traced_once(traces):
         lambda s, b, h, q, kv: s + table[h, kv],
         functools.partial(lambda s, b, h, q, kv, *, w: s * w, w=2.0),
         Learned(), Learned().forward, module.mod, lambda s, b, h, q, kv: slope.helper(s),
+        attention.closure(), attention.near, attention.doubled, lambda s, b, h, q, kv: s + attention.table[h, kv],
         score_mods.alibi(H), score_mods.softcap(3.0), score_mods.relative_bias(torch.randn(H, 32)),
         score_mods.compose(score_mods.alibi(H), score_mods.distance_penalty(0.5)),
     ]  # fmt: skip
@@ -718,6 +877,118 @@ def test_sizes_and_kinds_are_no_values(traces):
     for _ in range(3):
         key(mod)
     assert len(traces) == 1
+
+
+IDS = torch.arange(S) % 4
+BOUND = torch.tensor(4)
+SIZES = {
+    "unique": lambda: torch.unique(IDS).numel(),
+    "unique_consecutive": lambda: len(torch.unique_consecutive(IDS)),
+    "nonzero": lambda: IDS.nonzero().shape[0],
+    "argwhere": lambda: torch.argwhere(IDS).size(0),
+    "where": lambda: torch.where(IDS > 0)[0].numel(),
+    "masked": lambda: len(IDS[IDS > 0]),
+    "masked_select": lambda: torch.masked_select(IDS, IDS > 2).shape.numel(),
+    "bincount": lambda: torch.bincount(IDS).shape[-1],
+    "repeat_interleave": lambda: torch.repeat_interleave(IDS, IDS).numel(),
+    "one_hot": lambda: torch.nn.functional.one_hot(IDS.long()).shape[1],
+    "sparse": lambda: IDS.to_sparse().values().numel(),
+    "stride": lambda: IDS.nonzero().expand(-1, 2).T.contiguous().stride(0),
+    "loop": lambda: sum(1 for _ in range(len(IDS.nonzero()))),
+    "iteration": lambda: sum(1 for _ in torch.nonzero(IDS).flatten()),
+    "slice": lambda: IDS[: BOUND - 1].numel(),
+    "arange": lambda: torch.arange(BOUND).numel(),
+}
+
+
+@pytest.mark.parametrize("way", SIZES)
+def test_the_size_of_what_a_mod_computes_is_seen_to_change(way, traces):
+    count = SIZES[way]
+    before = IDS.clone(), BOUND.clone()
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score * 0.1 * count()
+
+    try:
+        seen = []
+        for ids in (before[0], torch.cat([torch.zeros(5, dtype=IDS.dtype), before[0].flip(0)[5:] % 3 * 2])):
+            IDS.copy_(ids)
+            BOUND.fill_(int(ids.max()))
+            n = count()
+            seen.append(n)
+            for _ in range(2):
+                found = attend(mod)
+                assert relative_error(found, expected(lambda s, *_, n=n: s * 0.1 * n)) < 3e-6
+        assert seen[0] != seen[1]
+        assert len(traces) == 2 or way in ("slice", "arange"), "traced again where the size is another, and only there"
+    finally:
+        IDS.copy_(before[0])
+        BOUND.copy_(before[1])
+
+
+def test_a_table_of_another_size_is_read_by_that_size():
+    table = torch.linspace(-3, 3, S)
+
+    def mod(score, b, h, q_idx, kv_idx):
+        above = table[table > 0]
+        return score + above[kv_idx % len(above)]
+
+    for shift in (0.0, 1.0, -2.0):
+        table.add_(shift)
+        above = table[table > 0].double()
+        found = attend(mod)
+        exact = expected(lambda s, b, h, q, kv, above=above: s + above[kv % len(above)])
+        assert relative_error(found, exact) < 3e-6
+
+
+def test_the_number_of_real_tokens_in_a_mask_is_seen_to_change():
+    pad = torch.arange(S) < 30
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        return (kv_idx < pad[pad].shape[0]) & (q_idx >= kv_idx)
+
+    for real in (30, 7, 7, 40):
+        pad.copy_(torch.arange(S) < real)
+        mask = create_block_mask(mask_mod, None, None, S, S, "cpu", 1).to_dense().bool()[0, 0]
+        assert torch.equal(mask, torch.ones(S, S).tril().bool() & pad)
+
+
+def test_a_slice_at_a_tensor_is_that_of_each_closure():
+    table = torch.arange(S) / 9.0
+
+    def make(start):
+        return lambda s, b, h, q, kv: s + table[start:][kv % 3]
+
+    for start in (2, 20):
+        found = attend(make(torch.tensor(start)))
+        exact = expected(lambda s, b, h, q, kv, start=start: s + (kv % 3 + start) / 9.0)
+        assert relative_error(found, exact) < 3e-6
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: random.random(), random.random, lambda: np.random.rand(), np.random.rand, lambda: time.time()]
+)
+def test_what_varies_by_itself_is_asked_for_at_each_call(draw):
+    def mod(score, b, h, q_idx, kv_idx):
+        return score * float(draw())
+
+    found = []
+    for _ in range(2):
+        found.append(lift(mod, "score", CPU).numbers)
+        time.sleep(0.01)
+    assert found[0] != found[1]
+
+
+def test_modes_that_a_mod_may_ask_for_are_part_of_the_key(traces):
+    def mod(score, b, h, q_idx, kv_idx):
+        return score * (2.0 if torch.are_deterministic_algorithms_enabled() else -1.0)
+
+    assert relative_error(attend(mod), expected(lambda s, b, h, q, kv: -s)) < 3e-6
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert relative_error(attend(mod), expected(lambda s, b, h, q, kv: 2 * s)) < 3e-6
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_tensor_that_the_walk_did_not_see_is_never_remembered(traces, monkeypatch):

@@ -68,8 +68,14 @@ def check_settings(config: DictConfig) -> None:
             raise SetupError(f"{name}={value} must be a whole number of at least {least}")
     rates = {"optimizer.lr": config.optimizer.lr} | {f"learning_rate.{k}": v for k, v in config.learning_rate.items()}
     for name, value in rates.items():
-        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+        if value is not None and not (_is_number(value) and value > 0):
             raise SetupError(f"{name}={value} must be a number above 0")
+    for name in ("max_steps", "max_epochs"):
+        if config.trainer[name] == 0:
+            raise SetupError(f"trainer.{name}=0 trains nothing; set it above 0, or to -1 where the other ends the run")
+    clip = config.trainer.gradient_clip_val
+    if clip is not None and not (_is_number(clip) and clip >= 0):  # NaN is not
+        raise SetupError(f"trainer.gradient_clip_val={clip} must be a number of at least 0; 0 or null clips nothing")
     if config.model.path is not None:
         checked_name(config.model.path)
     _check_devices(config.trainer)
@@ -86,6 +92,10 @@ def check_settings(config: DictConfig) -> None:
         raise SetupError(f"attention.backend={backend} must be one of {', '.join(BACKENDS)}, or null for the best one")
     if backend in ("hopper", "triton", "torch") and config.trainer.accelerator == "cpu":
         raise SetupError(f"attention.backend={backend} trains on a GPU only; use attention=auto, or trainer=gpu")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_devices(trainer: DictConfig) -> None:

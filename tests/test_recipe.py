@@ -242,6 +242,14 @@ def test_wrong_data(content, percent, message, place, tmp_path):
             "trainer.context_parallel_size=2 must divide the number of processes, 1;",
         ),
         (["attention.backend=fast"], "attention.backend=fast must be one of hopper, triton, torch, reference"),
+        (
+            ["trainer.gradient_clip_val=-1"],
+            "trainer.gradient_clip_val=-1 must be a number of at least 0; 0 or null clips",
+        ),
+        (["trainer.gradient_clip_val=nan"], "trainer.gradient_clip_val=nan must be a number of at least 0"),
+        (["trainer.gradient_clip_val=big"], "trainer.gradient_clip_val=big must be a number of at least 0"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0 trains nothing; set it above 0, or to -1"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs=0 trains nothing"),
         (["trainer.max_steps=-1", "data.limit=9"], "the run has no end: set trainer.max_steps or trainer.max_epochs"),
     ],
 )

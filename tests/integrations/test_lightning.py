@@ -232,6 +232,18 @@ def test_gradients_are_clipped_with_any_optimizer(tmp_path, precision, fused):
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.parametrize("value", [-1.0, 0, None])
+def test_a_clip_value_of_nothing_leaves_the_gradients(tmp_path, value):
+    """Below 0 too, where torch's own function would turn them round."""
+    gradients = []
+    for clip in (value, None):
+        recorder = Recorder()
+        fit = trainer(tmp_path, [recorder, PackFlexCallback()], gradient_clip_val=clip)
+        fit.fit(CausalLMModule(tiny_model(), SGD), PackedDataModule(packed_rows(), seq_len=SEQ_LEN, batch_size=2))
+        gradients.append(recorder.gradients)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_callback_logs_what_the_batch_holds(tmp_path):
     recorder = Recorder()
     rows = packed_rows()

@@ -16,6 +16,7 @@ from packflex.data.stream import PackedStream
 from packflex.integrations.lightning import CausalLMModule, PackedDataModule, PackFlexCallback
 from packflex.integrations.transformers import enable_packflex
 from packflex.losses import next_token_loss
+from packflex.models import add_adapters
 from packflex.testing.families import FAMILIES
 from packflex.testing.families import tiny_model as family_model
 from packflex.testing.leaks import LeakError
@@ -78,7 +79,7 @@ class Recorder(L.Callback):
             self.losses.append(metrics["train/loss"])
 
     def on_train_end(self, trainer, pl_module):
-        self.gradients = [p.grad.clone() for p in pl_module.parameters()]
+        self.gradients = [p.grad.clone() for p in pl_module.parameters() if p.requires_grad]
 
 
 def exact_gradients(model, rows, power=0.0):
@@ -259,6 +260,28 @@ def test_callback_logs_what_the_batch_holds(tmp_path):
     losses = [fit.validate(module, data, verbose=False)[0]["val/loss"] for _ in range(2)]
     assert losses[0] == losses[1]
     assert losses[0] == pytest.approx(exact_gradients(module.model, rows)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_mfu_counts_no_gradient_of_frozen_weights(tmp_path, monkeypatch, adapters):
+    """On a device whose peak is 1 FLOP a second, MFU over tokens a second is the FLOPs of a token."""
+    monkeypatch.setattr("packflex.integrations.lightning.callback.peak_flops", lambda device: 1.0)
+    model = tiny_model()
+    if adapters:
+        peft = pytest.importorskip("peft")
+        model = add_adapters(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    recorder, rows = Recorder(), packed_rows().select([0])
+    fit = trainer(tmp_path, [PackFlexCallback(), recorder], max_steps=1)
+    fit.fit(CausalLMModule(model, SGD), PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=1))
+    counts = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "embed" not in name:
+            counts[parameter.requires_grad] += parameter.numel()
+    assert (counts[False] > 0) is adapters
+    lengths = rows[0]["lengths"]
+    attention = 12 * 2 * 32 * sum(n * (n + 1) // 2 for n in lengths)
+    measured = recorder.metrics[-1]["throughput/mfu"] / recorder.metrics[-1]["throughput/tokens_per_second"]
+    assert measured == pytest.approx(6 * counts[True] + 4 * counts[False] + attention / sum(lengths), rel=1e-4)
 
 
 def test_callback_logs_what_the_accumulated_batches_of_a_step_hold(tmp_path):

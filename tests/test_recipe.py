@@ -250,6 +250,27 @@ def test_wrong_data(content, percent, message, place, tmp_path):
         (["trainer.gradient_clip_val=big"], "trainer.gradient_clip_val=big must be a number of at least 0"),
         (["trainer.max_steps=0"], "trainer.max_steps=0 trains nothing; set it above 0, or to -1"),
         (["trainer.max_epochs=0"], "trainer.max_epochs=0 trains nothing"),
+        (["trainer.limit_val_batches=0"], "trainer.limit_val_batches=0 measures no held-out loss;"),
+        (
+            ["callbacks=early_stopping", "heldout.percent=0"],
+            "EarlyStopping monitors val/loss, and no documents are held out; set heldout.percent=5",
+        ),
+        (
+            ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/los"],
+            "EarlyStopping monitors val/los, which nobody logs; choose one of packing/documents, packing/efficiency,",
+        ),
+        (["callbacks.checkpoint.monitor=val/los"], "ModelCheckpoint monitors val/los, which nobody logs;"),
+        (["+optimizer.foo=1"], "optimizer.foo: torch.optim.adamw.AdamW takes no such option; it takes params, lr,"),
+        (["+scheduler.foo=1"], "scheduler.foo: transformers.optimization.get_cosine_schedule_with_warmup takes no"),
+        (["+tokenize.foo=1"], "tokenize.foo: packflex.data.tokenize.tokenize_documents takes no such option;"),
+        (["+data.foo=1"], "data.foo: packflex.data.sources.load_documents takes no such option;"),
+        (["+module.foo=1"], "module.foo: packflex.integrations.lightning.module.CausalLMModule takes no such option;"),
+        (["+datamodule.foo=1"], "datamodule.foo: packflex.integrations.lightning.datamodule.PackedDataModule takes no"),
+        (["+sample.foo=1"], "sample.foo: packflex.report.complete takes no such option; it takes model, tokenizer,"),
+        (
+            ["optimizer.betas=3"],
+            "optimizer: it cannot be made with these settings ('int' object is not subscriptable);",
+        ),
         (["trainer.max_steps=-1", "data.limit=9"], "the run has no end: set trainer.max_steps or trainer.max_epochs"),
     ],
 )
@@ -265,7 +286,12 @@ def test_wrong_settings(settings, message, place, tmp_path, monkeypatch):
     ("setting", "message"),
     [
         ("data=nothing", "Could not find 'data/nothing'; available options in 'data': chat gsm8k hub jsonl packed"),
-        ("nothing=1", "there is no setting nothing; --cfg job shows all of them (+nothing=1 adds one)"),
+        ("nothing=1", "there is no setting nothing; --cfg job shows all of them"),
+        (
+            "optimizer.foo=1",
+            "there is no setting optimizer.foo; --cfg job shows all of them (+optimizer.foo=1 hands it to what "
+            "optimizer builds, if that takes it)",
+        ),
         ("trainer.max_step=1", "there is no setting trainer.max_step; "),
         ("data.path=[a", "data.path=[a cannot be read ("),
     ],
@@ -292,8 +318,37 @@ def test_checkpoints_that_do_not_fit(place, tmp_path):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "trainer.max_steps=1")))
     with pytest.raises(SetupError, match=r"a checkpoint of another model: model\.lm_head\.weight has shape"):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "model.path=null")))
+    other = r"another optimizer: it has amsgrad, betas, .*, and SGD has dampening, momentum, nesterov instead; resume with"
+    with pytest.raises(SetupError, match=other):
+        recipe.finetune(composed(tmp_path, *small(place, checkpoint, "optimizer=sgd")))
     with pytest.raises(ValueError, match="the checkpoint's loader had seed=0, this one has 1"):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "datamodule.seed=1")))
+
+
+def test_a_checkpoint_of_weights_alone_is_refused(place, tmp_path):
+    saving = ["callbacks.checkpoint.every_n_train_steps=2", "+callbacks.checkpoint.save_weights_only=true"]
+    recipe.finetune(composed(tmp_path, *small(place, *saving)))
+    (saved,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
+    with pytest.raises(SetupError, match=r"holds weights without an optimizer .*; give another checkpoint"):
+        recipe.finetune(composed(tmp_path, *small(place, f"ckpt_path={saved}")))
+
+
+def test_early_stopping_ends_a_run(place, tmp_path):
+    """Also where max_steps ends an epoch before its validation."""
+    settings = ["callbacks=early_stopping", "callbacks.progress=null", "trainer.max_steps=20"]
+    stops = ["+callbacks.early_stopping.min_delta=100", "trainer.val_check_interval=2"]
+    assert recipe.finetune(composed(tmp_path / "stops", *small(place, *settings, *stops))).steps == 8
+    short = [*settings, "trainer.max_steps=3"]
+    assert recipe.finetune(composed(tmp_path / "ends", *small(place, *short))).steps == 3
+
+
+def test_a_metric_that_another_callback_does_not_log_is_one_line(place, tmp_path, capsys):
+    stop = "{_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:other,check_on_train_epoch_end:true}"
+    others = [f"+callbacks.stop={stop}", "+callbacks.other={_target_:tests.integrations.test_lightning.Recorder}"]
+    with pytest.raises(SystemExit) as stopped:
+        recipe.run_config(composed(tmp_path, *small(place, *others)))
+    assert stopped.value.code == 2
+    assert "error: Early stopping conditioned on metric `other` which is not available." in capsys.readouterr().err
 
 
 def test_a_sweep_over_several_devices_is_refused(place, tmp_path):

@@ -14,6 +14,8 @@ from packflex import document_mask, flex_attention, pack_dataset
 from packflex.data.collate import PackedCollator, PaddedCollator
 from packflex.data.stream import PackedStream
 from packflex.integrations.lightning import CausalLMModule, PackedDataModule, PackFlexCallback
+from packflex.integrations.lightning import callback as callback_of
+from packflex.integrations.lightning import module as module_of
 from packflex.integrations.transformers import enable_packflex
 from packflex.losses import next_token_loss
 from packflex.models import add_adapters
@@ -254,6 +256,9 @@ def test_callback_logs_what_the_batch_holds(tmp_path):
     fit.fit(module, data)
     assert module.model.config._attn_implementation == "packflex"
     last = recorder.metrics[-1]
+    fit.validate(module, data, verbose=False)
+    logged = set(last) | set(fit.callback_metrics)
+    assert logged == {*module_of.LOGGED, *callback_of.LOGGED} - {"throughput/mfu"}, "what callbacks may monitor"
     assert 0.5 < last["packing/efficiency"] <= 1
     assert last["throughput/tokens_per_second"] > last["throughput/documents_per_second"] > 0
     assert "throughput/mfu" not in last, "no peak is known for a CPU"

@@ -24,6 +24,10 @@ from packflex.metrics import AttentionShape, Throughput, matmul_flops, peak_flop
 from packflex.parallel.layout import ShardedLayout
 from packflex.testing.leaks import check_leaks
 
+LOGGED = (
+    "packing/efficiency", "packing/documents", "throughput/tokens_per_second", "throughput/documents_per_second",
+    "throughput/mfu",
+)  # fmt: skip
 OUT_OF_MEMORY = (
     "packflex: to need less memory, in this order: fewer rows a batch (batch_size) with more accumulate_grad_batches, "
     'gradient checkpointing, a loss that holds no logits (CausalLMModule(loss="chunked")), a lower seq_len'

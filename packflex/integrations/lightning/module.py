@@ -15,6 +15,7 @@ from packflex.integrations._output_head import OutputHead, output_head
 from packflex.losses import WEIGHTINGS, linear_next_token_loss, next_token_loss, token_weights
 
 LOSSES = ("logits", "chunked", "liger")
+LOGGED = ("train/loss", "train/lr", "val/loss")
 
 
 class CausalLMModule(L.LightningModule):

@@ -484,7 +484,9 @@ def one_line_of(error: BaseException, lower: str = _LOWER) -> str:
             "number then: trainer.devices=4"
         )
     text = re.sub(r"^In '[\w/]+': ", "", text).replace(" Available options", "; available options")
-    return _OPTION.sub(_as_setting, text)
+    return _OPTION.sub(
+        _as_setting, text.replace("(chat_template=, --chat-template FILE)", "(tokenizer.chat_template=FILE)")
+    )
 
 
 def _no_setting(match: re.Match[str]) -> str:

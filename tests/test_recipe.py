@@ -318,7 +318,9 @@ def test_checkpoints_that_do_not_fit(place, tmp_path):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "trainer.max_steps=1")))
     with pytest.raises(SetupError, match=r"a checkpoint of another model: model\.lm_head\.weight has shape"):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "model.path=null")))
-    other = r"another optimizer: it has amsgrad, betas, .*, and SGD has dampening, momentum, nesterov instead; resume with"
+    other = (
+        r"another optimizer: it has amsgrad, betas, .*, and SGD has dampening, momentum, nesterov instead; resume with"
+    )
     with pytest.raises(SetupError, match=other):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "optimizer=sgd")))
     with pytest.raises(ValueError, match="the checkpoint's loader had seed=0, this one has 1"):

@@ -468,6 +468,28 @@ def test_a_signal_during_the_last_step_leaves_a_finished_run(place, tmp_path, li
     assert [file.name for file in (tmp_path / "ended" / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ([], "during training, before a checkpoint was saved, so there is nothing to go on from"),
+        (
+            ["callbacks.checkpoint.every_n_train_steps=2"],
+            r"during training\. Go on from its last checkpoint with the same command and ckpt_path=\S+/step-2\.ckpt",
+        ),
+    ],
+    ids=["nothing saved", "saved"],
+)
+def test_a_second_ctrl_c_ends_the_process_with_its_code_and_a_line(place, tmp_path, monkeypatch, settings, advice):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    send = "{_target_:tests.integrations.test_robust_runs.SendSignal,number:2,batch:3}"
+    twice = [f"+callbacks.first={send}", f"+callbacks.second={send}"]
+    done = run(*small(place, *settings, *twice, f"hydra.run.dir={tmp_path}"))
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr == "\nFinishing the step, then saving; Ctrl-C again stops at once\n"
+    assert re.search(rf"Stopped by SIGINT {advice}\n", done.stdout), done.stdout
+    assert not (tmp_path / "checkpoints" / "interrupted.ckpt").exists()
+
+
 def signalled_outside(number, validation="null"):
     return (
         "+callbacks.kill={_target_:tests.integrations.test_robust_runs.SignalOutside,"

@@ -115,13 +115,35 @@ def test_a_signal_during_the_last_step_changes_nothing(tmp_path, limits, batch):
         (tmp_path / "interrupted.ckpt").unlink(missing_ok=True)
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    stopper = SaveOnSignal(tmp_path)
-    stopper._handlers = {}
+def test_a_second_ctrl_c_stops_at_once(capfd):
+    stopper = SaveOnSignal()
     stopper._note(signal.SIGINT, None)
+    assert capfd.readouterr().err == "\nFinishing the step, then saving; Ctrl-C again stops at once\n"
+    stopper._note(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
         stopper._note(signal.SIGINT, None)
     assert stopper.caught == signal.SIGINT
+    assert capfd.readouterr().err == ""
+
+
+class EndedError(BaseException):
+    pass
+
+
+def test_a_second_ctrl_c_goes_to_who_had_it_before(tmp_path, capfd):
+    def ends(number, frame):
+        raise EndedError
+
+    stopper, sent = SaveOnSignal(tmp_path), [SendSignal(n, 1) for n in (signal.SIGTERM, signal.SIGINT)]
+    handler = signal.signal(signal.SIGINT, ends)
+    try:
+        with pytest.raises(EndedError):
+            trainer(tmp_path, [stopper, *sent]).fit(CausalLMModule(tiny_model(), SGD), data())
+        assert signal.getsignal(signal.SIGINT) is ends
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert (stopper.caught, stopper.checkpoint) == (signal.SIGTERM, None)
+    assert "Finishing the step, then saving; Ctrl-C stops at once" in capfd.readouterr().err
 
 
 class SendToOne(SendSignal):

@@ -289,6 +289,13 @@ def test_mfu_counts_no_gradient_of_frozen_weights(tmp_path, monkeypatch, adapter
     assert measured == pytest.approx(6 * counts[True] + 4 * counts[False] + attention / sum(lengths), rel=1e-4)
 
 
+def test_held_out_rows_have_no_workers():
+    """They are forked in the middle of training, when other threads hold locks."""
+    data = PackedDataModule(packed_rows(), packed_rows(), seq_len=SEQ_LEN, batch_size=2, num_workers=2)
+    assert (data.train_dataloader().num_workers, data.val_dataloader().num_workers) == (2, 0)
+    assert (data.train_dataloader().name, data.val_dataloader().name) == ("training", "held-out")
+
+
 def test_callback_logs_what_the_accumulated_batches_of_a_step_hold(tmp_path):
     """Also where an epoch of 7 batches ends with a step of one."""
     rows = packed_rows().select(range(7))

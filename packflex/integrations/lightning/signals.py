@@ -21,9 +21,9 @@ class SaveOnSignal(L.Callback):
 
     During the last step of `max_steps` or `max_epochs` there is nothing left to go on with: training ends as it would
     have. The first signal is answered by a line on stderr. A second Ctrl-C stops at once, without a checkpoint: it goes
-    to whoever had SIGINT before, which for Python itself is a `KeyboardInterrupt`. Over several ranks a signal to any of
-    them stops all at the same step, on GPUs one step later. Lightning's own handling of them is set aside while training
-    runs.
+    to whoever had SIGINT before, which for Python itself is a `KeyboardInterrupt`. Over several ranks a signal to any
+    of them stops all at the same step, on GPUs one step later. Lightning's own handling of them is set aside while
+    training runs.
 
     Args:
         dirpath: folder of `interrupted.ckpt`; the trainer's `default_root_dir` when None.

@@ -252,6 +252,23 @@ def test_all_ranks_stop_with_the_message_of_the_one_whose_loss_it_is(tmp_path):
     assert {path.name for path in tmp_path.glob("*.pt")} == {f"nonfinite_batch_rank{rank}.pt" for rank in bad}
 
 
+def test_the_losses_of_several_ranks_are_told_apart(tmp_path, monkeypatch):
+    def of_two_ranks(own, ranks):
+        return [own, own.replace("rank 0", "rank 1")] if isinstance(own, str) else [own, own]
+
+    monkeypatch.setattr("packflex.integrations.lightning.guard.gathered", of_two_ranks)
+    fit = SimpleNamespace(world_size=2, global_rank=0, default_root_dir=tmp_path)
+    layout = PackedLayout.from_lengths([[3]])
+    ids = torch.ones(1, 3, dtype=torch.long)
+    item = ({"input_ids": ids, "packed": layout}, torch.tensor(torch.nan), torch.tensor(1.0), 7)
+    with pytest.raises(NonFiniteLossError) as error:
+        NonFiniteLossGuard()._check(fit, SimpleNamespace(parameters=lambda: [torch.tensor(torch.inf)]), item)
+    named = "documents of the batch: document 0 of row 0 (3 tokens: 1 1 1 ...)"
+    text = str(error.value)
+    assert f"{named}; also the loss of rank 1 is nan" in text
+    assert f"{named}. Weights are not finite either: go on from a checkpoint. Common causes: a learning" in text
+
+
 def test_documents_of_a_batch_that_ranks_share_are_named(tmp_path):
     """Context parallelism: pieces of documents, by their number in the batch."""
     layout = PackedLayout.from_lengths([[40, 3, 5]], 64)

@@ -1,11 +1,10 @@
-"""Checks before a run starts, values that depend on one another, and errors of Hydra's put into one line."""
+"""Checks before a run starts, and values that depend on one another."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import pickle
-import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +14,6 @@ import lightning as L
 import torch
 from _sharding import whole_copy
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -25,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from packflex.attention.api import BACKENDS
 from packflex.data.errors import one_line
 from packflex.data.tokenized_stream import KINDS
-from packflex.integrations.lightning import callback, is_out_of_memory, module
+from packflex.integrations.lightning import callback, module
 from packflex.integrations.lightning.resume import loader_states, steps_to_come
 from packflex.losses import WEIGHTINGS
 from packflex.models import SetupError, checked_name, is_pretrained
@@ -54,8 +52,6 @@ _WHOLE_NUMBERS = {
 # Groups whose settings are handed on when the run has got there, outside Hydra's own instantiation.
 _HANDED_ON = ("data", "tokenize", "optimizer", "scheduler", "module", "datamodule")
 _NOT_OF_OPTIMIZERS = {"params", "initial_lr"}  # in their groups of parameters; the second is a scheduler's
-# What the command line of `packflex pack` calls a setting, in messages of packflex.data.
-_OPTION = re.compile(r"\(--([\w-]+)(?: (drop))?(, \.\.\.)?(?: on the command line)?\)")
 
 
 def check_settings(config: DictConfig) -> None:
@@ -323,20 +319,6 @@ def check_single_run(trainer: L.Trainer) -> None:
         )
 
 
-def launcher_error(error: RuntimeError) -> str | None:
-    """What went wrong with the jobs of submitit, in one line; None for an error of something else."""
-    text = str(error)
-    if 'Could not detect "srun"' in text:
-        return "hydra/launcher=slurm: there is no srun here; start the sweep on a machine that submits to SLURM"
-    if not type(error).__module__.startswith("submitit."):
-        return None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = [line for line in lines if re.match(r"\w+: error: ", line)]
-    logs = [line.removeprefix("- ") for line in lines if line.endswith((".err", ".out"))]
-    reason = said[0].split(": error: ", 1)[1] if said else lines[0]
-    return f"a job of the sweep failed: {reason}" + (f" (output: {logs[0]})" if logs else "")
-
-
 def _progress(path: str | None) -> tuple[int, dict[str, Any] | None]:
     """Optimizer steps of a checkpoint, and where its training loader stood."""
     if path is None:
@@ -416,87 +398,3 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int | None) -> None:
         config.steps.total = int(total)
     if config.steps.warmup is None:
         config.steps.warmup = max(1, round(config.steps.total * config.steps.warmup_share))
-
-
-def missing_metric(error: RuntimeError) -> SetupError | None:
-    """What Lightning says of a metric that was not there to stop early by; None for an error of something else."""
-    text = one_line(error)
-    return SetupError(text) if text.startswith("Early stopping conditioned on metric") else None
-
-
-def is_lost_rank(error: BaseException) -> bool:
-    """Whether a rank waited for another that is no longer there."""
-    text = str(error)
-    return any(sign in text for sign in ("by peer", "Broken pipe", "remote process exited", "ncclRemoteError"))
-
-
-def unwritten(error: OSError) -> SetupError:
-    """What to do about a file or folder that could not be read or written; an error that names none goes on.
-
-    Raises:
-        OSError: the same, when it names no file.
-    """
-    if error.filename is None or error.strerror is None:
-        raise error
-    return SetupError(
-        f"{error.filename}: {error.strerror}; check the disk and the permissions, or choose other folders "
-        "(hydra.run.dir=... for what the run writes, paths.cache_dir=... for tokenizers)"
-    )
-
-
-_LOWER = (
-    "a lower packing.batch_size with more trainer.accumulate_grad_batches, model.gradient_checkpointing=true, "
-    "module.loss=chunked, a lower packing.seq_len"
-)
-
-
-def one_line_of(error: BaseException, lower: str = _LOWER) -> str:
-    """What an error says, in one line: Hydra adds the places that it looked in, and wraps what a target raised.
-
-    Args:
-        error: the error.
-        lower: what to lower where memory ran out.
-    """
-    cause = error.__cause__
-    if isinstance(error, InstantiationException) and isinstance(cause, ValueError):
-        return one_line_of(cause, lower)
-    if is_out_of_memory(error):
-        return f"{' '.join(str(error).split())} To need less memory, in this order: {lower}"
-    text = " ".join(str(error).split())
-    if isinstance(cause, Exception) and str(cause) not in str(error) and isinstance(error, HydraException):
-        text += " " + " ".join(str(cause).split())
-    for tail in (" Config search path:", " full_key:", " Set the environment variable HYDRA_FULL_ERROR", " See https"):
-        text = text.split(tail, 1)[0]
-    if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read ({text}); quote a value with special characters: \"key='value'\""
-    text = re.sub(
-        r"^Could not override '(\S+)'\. To append to your config use (\S+).*",
-        _no_setting,
-        text,
-    )
-    if "wandb" in text and isinstance(error, InstantiationException) and isinstance(cause, ModuleNotFoundError):
-        text = "logger=wandb needs `pip install packflex[wandb]`; logger=csv needs nothing"
-    if "Could not load 'hydra/launcher/submitit" in text:
-        text += " It is part of an extra: pip install packflex[slurm]"
-    if "${trainer.devices}" in text and "could not be converted to Integer" in text:
-        text = (
-            "hydra/launcher=slurm asks for as many GPUs on each node as there are trainer.devices, which must be a "
-            "number then: trainer.devices=4"
-        )
-    text = re.sub(r"^In '[\w/]+': ", "", text).replace(" Available options", "; available options")
-    return _OPTION.sub(
-        _as_setting, text.replace("(chat_template=, --chat-template FILE)", "(tokenizer.chat_template=FILE)")
-    )
-
-
-def _no_setting(match: re.Match[str]) -> str:
-    name, adding = match.groups()
-    text = f"there is no setting {name}; --cfg job shows all of them"
-    group = name.rpartition(".")[0]
-    return text + (f" ({adding} hands it to what {group} builds, if that takes it)" if group else "")
-
-
-def _as_setting(match: re.Match[str]) -> str:
-    option, value, more = match.groups()
-    group = "tokenize" if option == "on-unsupervised" else "data"
-    return f"({group}.{option.replace('-', '_')}={value or '...'}{more or ''})"

@@ -21,8 +21,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in finetune.py
 import hydra
 import numpy as np
 import torch
-from _checks import check_options, one_line_of, unwritten
+from _checks import check_options
 from _data import documents_of
+from _errors import one_line_of, unwritten
 from datasets import Dataset
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate

@@ -38,16 +38,12 @@ from _checks import (
     check_single_run,
     check_stream,
     fill_in,
-    is_lost_rank,
-    launcher_error,
-    missing_metric,
-    one_line_of,
     stream_settings,
     tried,
-    unwritten,
 )
 from _cluster import join_ranks
 from _data import DocumentNames, PackedSplits, is_stream, prepare, say
+from _errors import is_lost_rank, launcher_error, missing_metric, one_line_of, unwritten
 from _sharding import ShardedCausalLMModule, whole_state
 from _signals import StopSignals
 from datasets import Dataset

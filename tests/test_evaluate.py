@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import evaluate as recipe  # noqa: E402
-from _checks import one_line_of  # noqa: E402
+from _errors import one_line_of  # noqa: E402
 
 LENGTHS = [5, 130, 1, 9, 30, 2, 64, 7, 21, 3]
 

@@ -30,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import finetune as recipe  # noqa: E402
-from _checks import check_checkpoint, one_line_of  # noqa: E402
+from _checks import check_checkpoint  # noqa: E402
 from _data import load_splits, prepare  # noqa: E402
+from _errors import one_line_of  # noqa: E402
 from _sharding import FullyShardedStrategy, whole_copy  # noqa: E402
 from _signals import StoppedError, StopSignals  # noqa: E402
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,13 +43,19 @@ class DocumentLosses:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean over all supervised tokens: long documents count for more."""
-        return math.exp(self.loss)
+        """exp of the mean over all supervised tokens: long documents count for more. Infinity beyond a loss of 709."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.loss))
+
+    @property
+    def not_finite(self) -> np.ndarray:
+        """int64, the documents whose loss is NaN or infinite."""
+        return np.flatnonzero(~np.isfinite(self.losses))
 
     @property
     def document_perplexities(self) -> np.ndarray:
         """float64 [N], exp of each document's own mean; NaN where nothing is supervised."""
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             return np.exp(self.losses / np.where(self.supervised > 0, self.supervised, np.nan))
 
     def save(self, path: str | Path) -> None:

@@ -1,9 +1,9 @@
 """Numbers of a packed run: exact attention work, model FLOPs, throughput, MFU. Pure functions and plain classes.
 
-FLOPs count a multiply-add as two. A model's step is `6 N` a real token (2 forward, 4 backward) for the N weights that
-multiply it, plus attention on the pairs that the document mask lets through: `4 D` a pair and query head forward (QK^T
-and PV) and `8 D` backward. Hardware may do more (recomputed scores, padding); that is what MFU leaves out (PaLM,
-arXiv 2204.02311, appendix B).
+FLOPs count a multiply-add as two. A model's step is `4 N + 2 T` a real token for the N weights that multiply it, T of
+them trained (forward, gradient of the input, gradient of the weight: `6 N` where all are), plus attention on the pairs
+that the document mask lets through: `4 D` a pair and query head forward (QK^T and PV) and `8 D` backward. Hardware may
+do more (recomputed scores, padding); that is what MFU leaves out (PaLM, arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -66,13 +66,33 @@ class AttentionShape:
         return 12 * self.width * sum(pairs[w] for w in self.windows)
 
 
-def matmul_parameters(model: nn.Module) -> int:
-    """Weights that multiply every token: matrices outside embeddings, an output layer tied to one included."""
+def matmul_parameters(model: nn.Module, trained_only: bool = False) -> int:
+    """Weights that multiply every token: matrices outside embeddings, an output layer tied to one included.
+
+    Args:
+        model: the model.
+        trained_only: leave out those that are frozen.
+    """
     total = 0
     for module in model.modules():
         if not isinstance(module, nn.Embedding):
-            total += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2)
+            matrices = (p for p in module.parameters(recurse=False) if p.dim() >= 2)
+            total += sum(p.numel() for p in matrices if p.requires_grad or not trained_only)
     return total
+
+
+def matmul_flops(model: nn.Module) -> int:
+    """FLOPs of a token's matrix products, forward and backward: 6 a trained weight, 4 a frozen one.
+
+    A frozen weight (under adapters) has no gradient of its own, but passes on that of its output. That is counted for
+    all of them, also for those before the first trained one, which autograd leaves out: under adapters those of the
+    first layer's queries, keys and values.
+
+    Example:
+        >>> matmul_flops(nn.Sequential(nn.Linear(8, 16).requires_grad_(False), nn.Linear(16, 4)))  # 4 * 128 + 6 * 64
+        896
+    """
+    return 4 * matmul_parameters(model) + 2 * matmul_parameters(model, trained_only=True)
 
 
 def peak_flops(device: torch.device | str) -> float | None:

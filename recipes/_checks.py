@@ -1,10 +1,11 @@
-"""Checks before a run starts, values that depend on one another, and errors of Hydra's put into one line."""
+"""Checks before a run starts, and values that depend on one another."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import pickle
-import re
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,20 @@ import lightning as L
 import torch
 from _sharding import whole_copy
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
+from hydra.utils import get_class, instantiate
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from packflex.attention.api import BACKENDS
+from packflex.data.errors import one_line
 from packflex.data.tokenized_stream import KINDS
-from packflex.integrations.lightning import is_out_of_memory
-from packflex.integrations.lightning.module import LOSSES
+from packflex.integrations.lightning import callback, module
 from packflex.integrations.lightning.resume import loader_states, steps_to_come
 from packflex.losses import WEIGHTINGS
 from packflex.models import SetupError, checked_name, is_pretrained
+from packflex.report import complete
 
 # Least value of settings that are whole numbers, and whether null is one of their values.
 _WHOLE_NUMBERS = {
@@ -46,8 +49,9 @@ _WHOLE_NUMBERS = {
     "steps.warmup": (0, True),
     "sample.max_new_tokens": (1, False),
 }
-# What the command line of `packflex pack` calls a setting, in messages of packflex.data.
-_OPTION = re.compile(r"\(--([\w-]+)(?: (drop))?(, \.\.\.)?(?: on the command line)?\)")
+# Groups whose settings are handed on when the run has got there, outside Hydra's own instantiation.
+_HANDED_ON = ("data", "tokenize", "optimizer", "scheduler", "module", "datamodule")
+_NOT_OF_OPTIMIZERS = {"params", "initial_lr"}  # in their groups of parameters; the second is a scheduler's
 
 
 def check_settings(config: DictConfig) -> None:
@@ -60,6 +64,8 @@ def check_settings(config: DictConfig) -> None:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise SetupError(f"{missing[0]} is not set; give it on the command line: {missing[0]}=...")
+    check_options(config, _HANDED_ON)
+    _check_known("sample", complete, config.sample)
     for name, (least, nullable) in _WHOLE_NUMBERS.items():
         value = OmegaConf.select(config, name)
         if value is None and nullable:
@@ -68,12 +74,21 @@ def check_settings(config: DictConfig) -> None:
             raise SetupError(f"{name}={value} must be a whole number of at least {least}")
     rates = {"optimizer.lr": config.optimizer.lr} | {f"learning_rate.{k}": v for k, v in config.learning_rate.items()}
     for name, value in rates.items():
-        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+        if value is not None and not (_is_number(value) and value > 0):
             raise SetupError(f"{name}={value} must be a number above 0")
+    for name in ("max_steps", "max_epochs"):
+        if config.trainer[name] == 0:
+            raise SetupError(f"trainer.{name}=0 trains nothing; set it above 0, or to -1 where the other ends the run")
+    if config.trainer.limit_val_batches == 0 and _holds_out(config.heldout):
+        raise SetupError("trainer.limit_val_batches=0 measures no held-out loss; hold no documents out instead "
+                         "(heldout.percent=0 heldout.path=null heldout.split=null)")  # fmt: skip
+    clip = config.trainer.gradient_clip_val
+    if clip is not None and not (_is_number(clip) and clip >= 0):  # NaN is not
+        raise SetupError(f"trainer.gradient_clip_val={clip} must be a number of at least 0; 0 or null clips nothing")
     if config.model.path is not None:
         checked_name(config.model.path)
     _check_devices(config.trainer)
-    for name, known in (("loss_weighting", WEIGHTINGS), ("loss", LOSSES)):
+    for name, known in (("loss_weighting", WEIGHTINGS), ("loss", module.LOSSES)):
         if config.module[name] not in known:
             raise SetupError(f"module.{name}={config.module[name]} must be one of {', '.join(known)}")
     if config.module.loss == "liger":
@@ -86,6 +101,70 @@ def check_settings(config: DictConfig) -> None:
         raise SetupError(f"attention.backend={backend} must be one of {', '.join(BACKENDS)}, or null for the best one")
     if backend in ("hopper", "triton", "torch") and config.trainer.accelerator == "cpu":
         raise SetupError(f"attention.backend={backend} trains on a GPU only; use attention=auto, or trainer=gpu")
+
+
+def check_options(config: DictConfig, groups: Sequence[str]) -> None:
+    """Refuse settings that what a group names does not take.
+
+    Raises:
+        SetupError: with those that it takes.
+    """
+    for group in groups:
+        made = instantiate(config[group], _partial_=True)
+        _check_known(group, made.func, made.keywords)
+
+
+def _check_known(group: str, target: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(target).parameters
+    unknown = sorted(settings.keys() - parameters.keys())
+    if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        raise SetupError(
+            f"{group}.{unknown[0]}: {target.__module__}.{target.__qualname__} takes no such option; it takes "
+            f"{', '.join(parameters)}"
+        )
+
+
+def tried(group: str, make: Callable[[Any], Any], argument: Any) -> Any:
+    """What an optimizer's or scheduler's group makes of its argument; the run makes another one when it begins.
+
+    Raises:
+        SetupError: settings that it cannot be made with.
+    """
+    try:
+        return make(argument)
+    except TypeError as error:
+        raise SetupError(
+            f"{group}: it cannot be made with these settings ({one_line(error)}); --cfg job --package {group} shows "
+            "them"
+        ) from error
+
+
+def check_monitors(config: DictConfig, callbacks: Sequence[L.Callback]) -> None:
+    """Refuse callbacks that wait for a metric that will not come.
+
+    Raises:
+        SetupError: the held-out loss without held-out documents, or a name that nobody logs.
+    """
+    known = {*module.LOGGED, *callback.LOGGED}
+    # callbacks and modules of others may log more
+    types = [get_class(config.module._target_), *(type(each) for each in callbacks)]
+    ours = all(kind.__module__.startswith(("packflex.", "lightning.", "_signals")) for kind in types)
+    for each in callbacks:
+        if not isinstance(each, EarlyStopping | ModelCheckpoint) or each.monitor is None:
+            continue
+        what = f"{type(each).__name__} monitors {each.monitor}"
+        if each.monitor == "val/loss" and not _holds_out(config.heldout):
+            raise SetupError(f"{what}, and no documents are held out; set heldout.percent=5 or heldout.path=...")
+        if ours and each.monitor not in known:
+            raise SetupError(f"{what}, which nobody logs; choose one of {', '.join(sorted(known))}")
+
+
+def _holds_out(heldout: DictConfig) -> bool:
+    return heldout.path is not None or heldout.split is not None or bool(heldout.percent)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_devices(trainer: DictConfig) -> None:
@@ -156,6 +235,30 @@ def check_same_model(path: str | None, module: L.LightningModule) -> None:
             )
 
 
+def check_same_optimizer(path: str | None, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a checkpoint of another optimizer, or of none.
+
+    Raises:
+        SetupError: with the settings of both.
+    """
+    if path is None or Path(path).is_dir():
+        return
+    saved = _loaded(path).get("optimizer_states")
+    if not saved:
+        raise SetupError(
+            f"{path}: holds weights without an optimizer (save_weights_only), so no run can go on from it; give "
+            "another checkpoint"
+        )
+    there, here = (set(of["param_groups"][0]) - _NOT_OF_OPTIMIZERS for of in (saved[0], optimizer.state_dict()))
+    # both ways: another version of torch may have a setting more
+    if there - here and here - there:
+        raise SetupError(
+            f"{path}: written with another optimizer: it has {', '.join(sorted(there - here))}, and "
+            f"{type(optimizer).__name__} has {', '.join(sorted(here - there))} instead; resume with the optimizer of "
+            "its run (its config.yaml), or start a new run from its model (model.path=...)"
+        )
+
+
 def check_sharded(path: str | None, trainer: L.Trainer) -> None:
     """Refuse a sharded checkpoint where the run is not.
 
@@ -214,20 +317,6 @@ def check_single_run(trainer: L.Trainer) -> None:
             "--multirun included, so every rank would run a sweep of its own; start one run for each setting, use "
             "trainer.devices=1, or a launcher that starts the ranks (hydra/launcher=slurm)"
         )
-
-
-def launcher_error(error: RuntimeError) -> str | None:
-    """What went wrong with the jobs of submitit, in one line; None for an error of something else."""
-    text = str(error)
-    if 'Could not detect "srun"' in text:
-        return "hydra/launcher=slurm: there is no srun here; start the sweep on a machine that submits to SLURM"
-    if not type(error).__module__.startswith("submitit."):
-        return None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = [line for line in lines if re.match(r"\w+: error: ", line)]
-    logs = [line.removeprefix("- ") for line in lines if line.endswith((".err", ".out"))]
-    reason = said[0].split(": error: ", 1)[1] if said else lines[0]
-    return f"a job of the sweep failed: {reason}" + (f" (output: {logs[0]})" if logs else "")
 
 
 def _progress(path: str | None) -> tuple[int, dict[str, Any] | None]:
@@ -309,72 +398,3 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int | None) -> None:
         config.steps.total = int(total)
     if config.steps.warmup is None:
         config.steps.warmup = max(1, round(config.steps.total * config.steps.warmup_share))
-
-
-def is_lost_rank(error: BaseException) -> bool:
-    """Whether a rank waited for another that is no longer there."""
-    text = str(error)
-    return any(sign in text for sign in ("by peer", "Broken pipe", "remote process exited", "ncclRemoteError"))
-
-
-def unwritten(error: OSError) -> SetupError:
-    """What to do about a file or folder that could not be read or written; an error that names none goes on.
-
-    Raises:
-        OSError: the same, when it names no file.
-    """
-    if error.filename is None or error.strerror is None:
-        raise error
-    return SetupError(
-        f"{error.filename}: {error.strerror}; check the disk and the permissions, or choose other folders "
-        "(hydra.run.dir=... for what the run writes, paths.cache_dir=... for tokenizers)"
-    )
-
-
-_LOWER = (
-    "a lower packing.batch_size with more trainer.accumulate_grad_batches, model.gradient_checkpointing=true, "
-    "module.loss=chunked, a lower packing.seq_len"
-)
-
-
-def one_line_of(error: BaseException, lower: str = _LOWER) -> str:
-    """What an error says, in one line: Hydra adds the places that it looked in, and wraps what a target raised.
-
-    Args:
-        error: the error.
-        lower: what to lower where memory ran out.
-    """
-    cause = error.__cause__
-    if isinstance(error, InstantiationException) and isinstance(cause, ValueError):
-        return one_line_of(cause, lower)
-    if is_out_of_memory(error):
-        return f"{' '.join(str(error).split())} To need less memory, in this order: {lower}"
-    text = " ".join(str(error).split())
-    if isinstance(cause, Exception) and str(cause) not in str(error) and isinstance(error, HydraException):
-        text += " " + " ".join(str(cause).split())
-    for tail in (" Config search path:", " full_key:", " Set the environment variable HYDRA_FULL_ERROR", " See https"):
-        text = text.split(tail, 1)[0]
-    if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read ({text}); quote a value with special characters: \"key='value'\""
-    text = re.sub(
-        r"^Could not override '(\S+)'\. To append to your config use (\S+).*",
-        r"there is no setting \1; --cfg job shows all of them (\2 adds one)",
-        text,
-    )
-    if "wandb" in text and isinstance(error, InstantiationException) and isinstance(cause, ModuleNotFoundError):
-        text = "logger=wandb needs `pip install packflex[wandb]`; logger=csv needs nothing"
-    if "Could not load 'hydra/launcher/submitit" in text:
-        text += " It is part of an extra: pip install packflex[slurm]"
-    if "${trainer.devices}" in text and "could not be converted to Integer" in text:
-        text = (
-            "hydra/launcher=slurm asks for as many GPUs on each node as there are trainer.devices, which must be a "
-            "number then: trainer.devices=4"
-        )
-    text = re.sub(r"^In '[\w/]+': ", "", text).replace(" Available options", "; available options")
-    return _OPTION.sub(_as_setting, text)
-
-
-def _as_setting(match: re.Match[str]) -> str:
-    option, value, more = match.groups()
-    group = "tokenize" if option == "on-unsupervised" else "data"
-    return f"({group}.{option.replace('-', '_')}={value or '...'}{more or ''})"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -20,13 +21,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in finetune.py
 import hydra
 import numpy as np
 import torch
-from _checks import one_line_of, unwritten
+from _checks import check_options
+from _data import documents_of
+from _errors import one_line_of, unwritten
+from datasets import Dataset
 from hydra.errors import HydraException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from transformers import PreTrainedTokenizerBase
 
+from packflex.data.tokenized_stream import TokenizedStream
 from packflex.data.tokenizer import load_tokenizer
+from packflex.data.write import load_packed
 from packflex.evaluate import document_losses
 from packflex.integrations.lightning import is_out_of_memory
 from packflex.models import SetupError
@@ -42,64 +49,87 @@ def evaluate(config: DictConfig) -> dict[str, float | int]:
         value = OmegaConf.select(config, setting)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise SetupError(f"{setting}={value} must be a whole number of at least {least}")
-    Path(config.paths.output_dir).mkdir(parents=True, exist_ok=True)  # before the long work
+    check_options(config, ("data", "tokenize"))
+    if get_object(config.data._target_) is TokenizedStream:
+        raise SetupError(
+            "data=stream has no end to evaluate; read the same files whole: data=jsonl (or data=packed after packflex "
+            f"pack) data.path={config.data.path}"
+        )
+    out = Path(config.paths.output_dir)
+    out.mkdir(parents=True, exist_ok=True)  # before the long work
     device = _device(config.device)
     autocast = _precision(str(config.precision), device)
     name = config.tokenizer.path if config.tokenizer.path is not None else config.model.path
     tokenizer = load_tokenizer(
         name, config.tokenizer.chat_template, config.model.revision if config.tokenizer.path is None else None
     )
-    documents = instantiate(config.data)()
-    tokens = instantiate(config.tokenize)(documents, tokenizer)
+    documents, dropped, notes = _documents(config, tokenizer)
     model = instantiate(config.model, tokenizer=tokenizer).to(device)
     began = time.perf_counter()
     found = document_losses(
         model,
-        tokens.dataset,
+        documents,
         seq_len=config.packing.seq_len,
         batch_size=config.packing.batch_size,
         backend=config.attention.backend,
         autocast=autocast,
     )
     seconds = time.perf_counter() - began
-    each = found.document_perplexities
+    found.save(out / "documents.csv")
+    each = found.document_perplexities[found.supervised > 0]
     summary = {
-        "documents": len(each),
-        "dropped": tokens.dropped,
+        "documents": len(documents),
+        "dropped": dropped,
         "tokens": int(found.tokens.sum()),
         "supervised": int(found.supervised.sum()),
         "loss": found.loss,
         "perplexity": found.perplexity,
-        "median_document_perplexity": float(np.nanmedian(each)),
+        "median_document_perplexity": float(np.median(each)),
         "tokens_per_second": float(found.tokens.sum() / seconds),
     }
-    out = Path(config.paths.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    found.save(out / "documents.csv")
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    # JSON knows neither NaN nor infinity
+    finite = {name: value if np.isfinite(value) else None for name, value in summary.items()}
+    (out / "summary.json").write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
     OmegaConf.save(config, out / "config.yaml", resolve=True)
     print(
         f"documents   {summary['documents']:,}, {summary['supervised']:,} supervised tokens"
-        + (f"; {tokens.dropped:,} without one were left out" if tokens.dropped else "")
+        + (f"; {dropped:,} without one were left out" if dropped else "")
     )
+    for note in notes:
+        print(f"note        {note}")
     print(f"loss        {found.loss:.4f} nats a token")
     print(
         f"perplexity  {found.perplexity:.3f} over tokens, {summary['median_document_perplexity']:.3f} median document"
     )
     print(f"speed       {summary['tokens_per_second']:,.0f} tokens a second")
     print(f"written     {shortest(out / 'documents.csv')}")
+    if len(found.not_finite):
+        raise SetupError(
+            f"{len(found.not_finite):,} of {len(documents):,} documents have a loss that is not finite, the first is "
+            f"document {found.not_finite[0]} of documents.csv; the weights may come from a run that diverged, or "
+            "precision=16 is too short for them (precision=32)"
+        )
     return summary
+
+
+def _documents(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, int, list[str]]:
+    """Tokenised documents, how many were left out, and what else became of them where they were packed before."""
+    if get_object(config.data._target_) is load_packed:
+        packed = instantiate(config.data)(tokenizer=tokenizer)
+        notes = [f"{what}: {count:,}, when they were packed" for what, count in packed.manifest.counts.items() if count]
+        return documents_of(packed.dataset), 0, notes
+    tokens = instantiate(config.tokenize)(instantiate(config.data)(), tokenizer)
+    return tokens.dataset, tokens.dropped, []
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SetupError(f"device={name} must be auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SetupError(f"device={name}: this machine has no GPU that torch can use; set device=cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
+        raise SetupError(f"device={name} must be auto, cpu or cuda (cuda:1 for the second GPU)")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SetupError(f"device={name}: torch can use {torch.cuda.device_count()} GPUs here; set device=cpu or auto")
     return device
 
 

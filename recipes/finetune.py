@@ -29,21 +29,21 @@ import lightning as L
 import torch
 from _checks import (
     check_checkpoint,
+    check_monitors,
     check_same_model,
+    check_same_optimizer,
     check_settings,
     check_sharded,
     check_sharing,
     check_single_run,
     check_stream,
     fill_in,
-    is_lost_rank,
-    launcher_error,
-    one_line_of,
     stream_settings,
-    unwritten,
+    tried,
 )
 from _cluster import join_ranks
 from _data import DocumentNames, PackedSplits, is_stream, prepare, say
+from _errors import is_lost_rank, launcher_error, missing_metric, one_line_of, unwritten
 from _sharding import ShardedCausalLMModule, whole_state
 from _signals import StopSignals
 from datasets import Dataset
@@ -130,6 +130,7 @@ def _finetune(config: DictConfig, signals: StopSignals) -> RunSummary:
     check_single_run(trainer)
     check_sharded(config.ckpt_path, trainer)
     check_sharing(config, trainer)
+    check_monitors(config, callbacks)
 
     data = prepare(config)
     sharded = isinstance(trainer.strategy, ModelParallelStrategy)
@@ -144,8 +145,12 @@ def _finetune(config: DictConfig, signals: StopSignals) -> RunSummary:
     fill_in(config, trainer, None if streaming else len(data.train))
     make_module = ShardedCausalLMModule if sharded else hydra.utils.get_class(config.module._target_)
     options = {str(key): value for key, value in config.module.items() if key != "_target_"}
-    module = make_module(model, instantiate(config.optimizer), instantiate(config.scheduler), **options)
+    make_optimizer, make_scheduler = instantiate(config.optimizer), instantiate(config.scheduler)
+    module = make_module(model, make_optimizer, make_scheduler, **options)
     check_same_model(config.ckpt_path, module)
+    optimizer = tried("optimizer", make_optimizer, [p for p in module.parameters() if p.requires_grad])
+    tried("scheduler", make_scheduler, optimizer)
+    check_same_optimizer(config.ckpt_path, optimizer)
     pad = 0 if data.tokenizer.pad_token_id is None else data.tokenizer.pad_token_id
     rows: PackedDataModule | StreamDataModule
     if streaming:
@@ -313,6 +318,9 @@ def run_config(config: DictConfig) -> None:
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):  # of the host; a GPU's is a type of its own
             _stop(error)
+        missing = missing_metric(error)
+        if missing is not None:
+            _stop(missing)
         if not is_lost_rank(error):
             raise
         _stop(

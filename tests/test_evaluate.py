@@ -6,15 +6,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hydra import compose, initialize_config_dir
 
-from packflex.evaluate import document_losses
+from packflex.cli import app
+from packflex.data.errors import DataError
+from packflex.data.tokenizer import train_tokenizer
+from packflex.evaluate import DocumentLosses, document_losses
 from packflex.losses import next_token_loss
+from packflex.models import SetupError, build_model
 from packflex.testing.families import FAMILIES, VOCAB, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import evaluate as recipe  # noqa: E402
+from _errors import one_line_of  # noqa: E402
+
 LENGTHS = [5, 130, 1, 9, 30, 2, 64, 7, 21, 3]
 
 
@@ -59,22 +70,41 @@ def test_nothing_to_evaluate():
         document_losses(model, documents().select([2]), seq_len=128)
 
 
-def test_the_recipe(tmp_path):
-    from packflex.data.tokenizer import train_tokenizer
-    from packflex.models import build_model
+def test_perplexities_beyond_all_numbers():
+    found = DocumentLosses(np.array([5.0, 8000.0, 0.0]), np.array([5, 10, 0]), np.array([6, 11, 1]))
+    assert found.document_perplexities[:2].tolist() == [pytest.approx(np.e), np.inf]
+    assert found.loss == 8005 / 15
+    assert not len(found.not_finite)
+    found = DocumentLosses(np.array([5.0, 8000.0, np.nan]), np.array([5, 5, 2]), np.array([6, 11, 3]))
+    assert found.not_finite.tolist() == [2]
+    assert np.isnan(found.perplexity)
+    assert DocumentLosses(np.array([8000.0]), np.array([5]), np.array([6])).perplexity == np.inf
 
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with test.jsonl and a tiny model."""
+    place = tmp_path_factory.mktemp("evaluate")
     records = [{"prompt": f"What is {a} plus 2?\n", "completion": f"It is {a + 2}."} for a in range(12)]
-    data = tmp_path / "test.jsonl"
-    data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    tokenizer = train_tokenizer([r["prompt"] + r["completion"] for r in records], 300, tmp_path / "cache")
+    (place / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    tokenizer = train_tokenizer([r["prompt"] + r["completion"] for r in records], 300, place / "cache")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = build_model(architecture={"model_type": "llama", "vocab_size": None} | sizes, tokenizer=tokenizer)
     for part in (tokenizer, model):
-        part.save_pretrained(tmp_path / "model")
+        part.save_pretrained(place / "model")
+    return place
 
+
+def composed(place, out, *overrides):
+    paths = [f"paths.output_dir={out}", f"model.path={place}/model", f"data.path={place}/test.jsonl"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("evaluate", overrides=[*paths, "packing.seq_len=128", *overrides])
+
+
+def test_the_recipe(place, tmp_path):
     def run(*arguments):
         command = [sys.executable, str(ROOT / "recipes" / "evaluate.py"), "packing.seq_len=128", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=place)
 
     done = run("model.path=./model", "data.path=test.jsonl", f"hydra.run.dir={tmp_path}/out")
     assert done.returncode == 0, done.stderr
@@ -92,3 +122,54 @@ def test_the_recipe(tmp_path):
     assert run("model.path=./model", "data.path=test.jsonl", "precision=8").stderr.startswith(
         "evaluate: error: precision=8 must be auto, 16, bf16, 32"
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["device=mps"], "device=mps must be auto, cpu or cuda"),
+        (["device=meta"], "device=meta must be auto, cpu or cuda"),
+        (["device=cuda:99"], "device=cuda:99: torch can use "),
+        (["data=stream"], "data=stream has no end to evaluate; read the same files whole: data=jsonl"),
+        (["+tokenize.foo=1"], "tokenize.foo: packflex.data.tokenize.tokenize_documents takes no such option;"),
+    ],
+)
+def test_what_cannot_be_evaluated(place, tmp_path, settings, message):
+    with pytest.raises(SetupError) as error:
+        recipe.evaluate(composed(place, tmp_path, *settings))
+    assert one_line_of(error.value).startswith(message)
+
+
+def test_conversations_without_a_template_name_the_setting(place, tmp_path):
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "assistant", "content": "4"}]}\n')
+    with pytest.raises(DataError) as error:
+        recipe.evaluate(composed(place, tmp_path, "data=chat", f"data.path={tmp_path}/chat.jsonl"))
+    assert "give a Jinja file (tokenizer.chat_template=FILE)" in one_line_of(error.value)
+
+
+def test_rows_packed_before_are_the_same_documents(place, tmp_path, capsys):
+    whole = recipe.evaluate(composed(place, tmp_path / "whole"))
+    command = ["pack", str(place / "test.jsonl"), "--tokenizer", str(place / "model"), "--seq-len", "64"]
+    app([*command, "--output", str(tmp_path / "packed")], standalone_mode=False)
+    packed = recipe.evaluate(composed(place, tmp_path / "rows", "data=packed", f"data.path={tmp_path}/packed"))
+    assert "documents read: 12, when they were packed" in capsys.readouterr().out
+    for name in ("documents", "tokens", "supervised"):
+        assert packed[name] == whole[name]
+    assert packed["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+
+
+def test_a_diverged_model_ends_with_its_documents_and_an_error(place, tmp_path, monkeypatch, capsys):
+    def diverged(**options):
+        model = build_model(**options)
+        with torch.no_grad():
+            model.model.norm.weight[0] = torch.nan
+        return model
+
+    monkeypatch.setattr("packflex.models.build_model", diverged)
+    with pytest.raises(
+        SetupError, match=r"^12 of 12 documents have a loss that is not finite, the first is document 0"
+    ):
+        recipe.evaluate(composed(place, tmp_path))
+    assert "perplexity  nan over tokens, nan median document" in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["loss"] is None
+    assert (tmp_path / "documents.csv").read_text().count("nan") == 24

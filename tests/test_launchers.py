@@ -19,8 +19,8 @@ from tests.parallel.scenarios import make_place
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
-from _checks import one_line_of  # noqa: E402
 from _cluster import join_ranks  # noqa: E402
+from _errors import one_line_of  # noqa: E402
 
 STEPS = 3
 

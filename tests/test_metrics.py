@@ -3,11 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from packflex import PackedLayout
-from packflex.integrations.lightning.shapes import attention_shape
-from packflex.metrics import AttentionShape, Throughput, attention_pairs, matmul_parameters, peak_flops
+from packflex.integrations.lightning.shapes import attention_shape, token_cost
+from packflex.metrics import AttentionShape, Throughput, attention_pairs, matmul_flops, matmul_parameters, peak_flops
+from packflex.models import add_adapters
+from packflex.testing.families import tiny_model
 from packflex.testing.oracle import dense_document_mask
 
 LAYOUT = PackedLayout.from_lengths([[3, 20, 9], [], [31]], 40)
@@ -32,6 +35,36 @@ def test_parameters_that_multiply_tokens():
     tied = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 100, bias=False))
     tied[1].weight = tied[0].weight
     assert matmul_parameters(tied) == 1600
+
+
+def counted_flops(model, tokens):
+    """What autograd really computes in matrix products of weights, attention's own left out."""
+    with FlopCounterMode(display=False) as counter:
+        ids = torch.arange(tokens)[None]
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(flops for operation, flops in counts.items() if str(operation) in ("aten.mm", "aten.addmm"))
+
+
+def test_flops_of_a_token_are_those_of_autograd():
+    """Adapters: nothing is multiplied for the gradient of a frozen weight."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama").train()
+    full = matmul_flops(model)
+    assert full == 6 * matmul_parameters(model) == counted_flops(model, 16) / 16
+    assert token_cost(model) == matmul_parameters(model) / (2 * 64)
+
+    adapted = add_adapters(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    weights = {name: p.numel() for name, p in adapted.named_parameters() if "embed" not in name and p.dim() == 2}
+    trained = sum(count for name, count in weights.items() if "lora" in name)
+    assert matmul_flops(adapted) == 4 * (sum(weights.values()) - trained) + 6 * trained
+    first = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj")
+    needless = sum(
+        count for name, count in weights.items() if any(f in name for f in first) and "lora_B" not in name
+    )  # no gradient goes on to the frozen embeddings
+    assert matmul_flops(adapted) - 2 * needless == counted_flops(adapted, 16) / 16
+    assert 0.6 * full < matmul_flops(adapted) < 0.8 * full
+    assert token_cost(adapted) == pytest.approx(matmul_flops(adapted) / (6 * 2 * 64))
 
 
 @pytest.mark.parametrize(

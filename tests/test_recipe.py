@@ -30,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import finetune as recipe  # noqa: E402
-from _checks import check_checkpoint, one_line_of  # noqa: E402
+from _checks import check_checkpoint  # noqa: E402
 from _data import load_splits, prepare  # noqa: E402
+from _errors import one_line_of  # noqa: E402
 from _sharding import FullyShardedStrategy, whole_copy  # noqa: E402
 from _signals import StoppedError, StopSignals  # noqa: E402
 
@@ -242,6 +243,35 @@ def test_wrong_data(content, percent, message, place, tmp_path):
             "trainer.context_parallel_size=2 must divide the number of processes, 1;",
         ),
         (["attention.backend=fast"], "attention.backend=fast must be one of hopper, triton, torch, reference"),
+        (
+            ["trainer.gradient_clip_val=-1"],
+            "trainer.gradient_clip_val=-1 must be a number of at least 0; 0 or null clips",
+        ),
+        (["trainer.gradient_clip_val=nan"], "trainer.gradient_clip_val=nan must be a number of at least 0"),
+        (["trainer.gradient_clip_val=big"], "trainer.gradient_clip_val=big must be a number of at least 0"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0 trains nothing; set it above 0, or to -1"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs=0 trains nothing"),
+        (["trainer.limit_val_batches=0"], "trainer.limit_val_batches=0 measures no held-out loss;"),
+        (
+            ["callbacks=early_stopping", "heldout.percent=0"],
+            "EarlyStopping monitors val/loss, and no documents are held out; set heldout.percent=5",
+        ),
+        (
+            ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/los"],
+            "EarlyStopping monitors val/los, which nobody logs; choose one of packing/documents, packing/efficiency,",
+        ),
+        (["callbacks.checkpoint.monitor=val/los"], "ModelCheckpoint monitors val/los, which nobody logs;"),
+        (["+optimizer.foo=1"], "optimizer.foo: torch.optim.adamw.AdamW takes no such option; it takes params, lr,"),
+        (["+scheduler.foo=1"], "scheduler.foo: transformers.optimization.get_cosine_schedule_with_warmup takes no"),
+        (["+tokenize.foo=1"], "tokenize.foo: packflex.data.tokenize.tokenize_documents takes no such option;"),
+        (["+data.foo=1"], "data.foo: packflex.data.sources.load_documents takes no such option;"),
+        (["+module.foo=1"], "module.foo: packflex.integrations.lightning.module.CausalLMModule takes no such option;"),
+        (["+datamodule.foo=1"], "datamodule.foo: packflex.integrations.lightning.datamodule.PackedDataModule takes no"),
+        (["+sample.foo=1"], "sample.foo: packflex.report.complete takes no such option; it takes model, tokenizer,"),
+        (
+            ["optimizer.betas=3"],
+            "optimizer: it cannot be made with these settings ('int' object is not subscriptable);",
+        ),
         (["trainer.max_steps=-1", "data.limit=9"], "the run has no end: set trainer.max_steps or trainer.max_epochs"),
     ],
 )
@@ -257,7 +287,12 @@ def test_wrong_settings(settings, message, place, tmp_path, monkeypatch):
     ("setting", "message"),
     [
         ("data=nothing", "Could not find 'data/nothing'; available options in 'data': chat gsm8k hub jsonl packed"),
-        ("nothing=1", "there is no setting nothing; --cfg job shows all of them (+nothing=1 adds one)"),
+        ("nothing=1", "there is no setting nothing; --cfg job shows all of them"),
+        (
+            "optimizer.foo=1",
+            "there is no setting optimizer.foo; --cfg job shows all of them (+optimizer.foo=1 hands it to what "
+            "optimizer builds, if that takes it)",
+        ),
         ("trainer.max_step=1", "there is no setting trainer.max_step; "),
         ("data.path=[a", "data.path=[a cannot be read ("),
     ],
@@ -284,8 +319,39 @@ def test_checkpoints_that_do_not_fit(place, tmp_path):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "trainer.max_steps=1")))
     with pytest.raises(SetupError, match=r"a checkpoint of another model: model\.lm_head\.weight has shape"):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "model.path=null")))
+    other = (
+        r"another optimizer: it has amsgrad, betas, .*, and SGD has dampening, momentum, nesterov instead; resume with"
+    )
+    with pytest.raises(SetupError, match=other):
+        recipe.finetune(composed(tmp_path, *small(place, checkpoint, "optimizer=sgd")))
     with pytest.raises(ValueError, match="the checkpoint's loader had seed=0, this one has 1"):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "datamodule.seed=1")))
+
+
+def test_a_checkpoint_of_weights_alone_is_refused(place, tmp_path):
+    saving = ["callbacks.checkpoint.every_n_train_steps=2", "+callbacks.checkpoint.save_weights_only=true"]
+    recipe.finetune(composed(tmp_path, *small(place, *saving)))
+    (saved,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
+    with pytest.raises(SetupError, match=r"holds weights without an optimizer .*; give another checkpoint"):
+        recipe.finetune(composed(tmp_path, *small(place, f"ckpt_path={saved}")))
+
+
+def test_early_stopping_ends_a_run(place, tmp_path):
+    """Also where max_steps ends an epoch before its validation."""
+    settings = ["callbacks=early_stopping", "callbacks.progress=null", "trainer.max_steps=20"]
+    stops = ["+callbacks.early_stopping.min_delta=100", "trainer.val_check_interval=2"]
+    assert recipe.finetune(composed(tmp_path / "stops", *small(place, *settings, *stops))).steps == 8
+    short = [*settings, "trainer.max_steps=3"]
+    assert recipe.finetune(composed(tmp_path / "ends", *small(place, *short))).steps == 3
+
+
+def test_a_metric_that_another_callback_does_not_log_is_one_line(place, tmp_path, capsys):
+    stop = "{_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:other,check_on_train_epoch_end:true}"
+    others = [f"+callbacks.stop={stop}", "+callbacks.other={_target_:tests.integrations.test_lightning.Recorder}"]
+    with pytest.raises(SystemExit) as stopped:
+        recipe.run_config(composed(tmp_path, *small(place, *others)))
+    assert stopped.value.code == 2
+    assert "error: Early stopping conditioned on metric `other` which is not available." in capsys.readouterr().err
 
 
 def test_a_sweep_over_several_devices_is_refused(place, tmp_path):
@@ -401,6 +467,28 @@ def test_a_signal_during_the_last_step_leaves_a_finished_run(place, tmp_path, li
     assert "Go on" not in caplog.text
     assert {"model", "report.html", "summary.json"} <= {file.name for file in (tmp_path / "ended").iterdir()}
     assert [file.name for file in (tmp_path / "ended" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ([], "during training, before a checkpoint was saved, so there is nothing to go on from"),
+        (
+            ["callbacks.checkpoint.every_n_train_steps=2"],
+            r"during training\. Go on from its last checkpoint with the same command and ckpt_path=\S+/step-2\.ckpt",
+        ),
+    ],
+    ids=["nothing saved", "saved"],
+)
+def test_a_second_ctrl_c_ends_the_process_with_its_code_and_a_line(place, tmp_path, monkeypatch, settings, advice):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    send = "{_target_:tests.integrations.test_robust_runs.SendSignal,number:2,batch:3}"
+    twice = [f"+callbacks.first={send}", f"+callbacks.second={send}"]
+    done = run(*small(place, *settings, *twice, f"hydra.run.dir={tmp_path}"))
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr == "\nFinishing the step, then saving; Ctrl-C again stops at once\n"
+    assert re.search(rf"Stopped by SIGINT {advice}\n", done.stdout), done.stdout
+    assert not (tmp_path / "checkpoints" / "interrupted.ckpt").exists()
 
 
 def signalled_outside(number, validation="null"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ class PackedLoader:
         token_cost: for "balanced", see `packflex.packing.row_costs`.
         num_workers: processes that read and collate; 0 for none.
         pin_memory: copy batches into page-locked memory.
+        name: what the log calls the rows, such as "training".
 
     Raises:
         ValueError: no rows, or arguments out of range.
@@ -60,6 +62,7 @@ class PackedLoader:
         token_cost: float = 0.0,
         num_workers: int = 0,
         pin_memory: bool = False,
+        name: str = "",
     ) -> None:
         if not len(rows):
             raise ValueError("a loader needs at least one row; the data set is empty")
@@ -72,7 +75,7 @@ class PackedLoader:
         self.rows, self.collate, self.batch_size = rows, collate, batch_size
         self.rank, self.world_size, self.order, self.seed = rank, world_size, order, seed
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.token_cost = token_cost
+        self.token_cost, self.name = token_cost, name
         self._costs = _costs(rows, token_cost) if order == "balanced" else None
         self._data: str | None = None
         self._group = batch_size * world_size  # rows of a step when the epoch began
@@ -114,9 +117,10 @@ class PackedLoader:
         left = EpochOrder(self._epoch_rows(), self.batch_size, self.world_size, self._consumed)
         if left.num_fillers and self.rank == 0:
             logger.info(
-                "%d rows, %d a step over %d ranks: the last step of epoch %d has %d rows without tokens, which count "
+                "%d %srows, %d a step over %d ranks: the last step of epoch %d has %d rows without tokens, which count "
                 "for nothing",
-                len(self.rows), left.rows_per_step, self.world_size, self.epoch, left.num_fillers,
+                len(self.rows), self.name and f"{self.name} ", left.rows_per_step, self.world_size, self.epoch,
+                left.num_fillers,
             )  # fmt: skip
         loader: DataLoader[Any] = DataLoader(
             _WithFillers(self.rows),
@@ -125,6 +129,7 @@ class PackedLoader:
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             generator=torch.Generator().manual_seed(self.seed),  # workers' seeds; the global one is left alone
+            worker_init_fn=plain_signals,
         )
         for batch in loader:
             self._consumed = min(self._consumed + left.rows_per_step, len(self.rows))
@@ -221,6 +226,17 @@ def rows_fingerprint(rows: Any) -> str:
         for name in ("lengths", "input_ids", "labels"):
             digest.update(np.asarray(rows[at][name], dtype=np.int64).tobytes())
     return digest.hexdigest()[:16]
+
+
+def plain_signals(worker: int) -> None:
+    """In a worker: leave Ctrl-C to the run, and end at SIGTERM, whatever handlers a fork has brought along.
+
+    A handler of Python's runs when the interpreter gets to it: a worker that waits for a lock would outlive its run.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if callable(signal.getsignal(signal.SIGUSR2)):
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 class _WithFillers(Dataset[Any]):

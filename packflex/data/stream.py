@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from packflex.data.errors import DataError, mask_message, one_line
 from packflex.data.ids import RepeatedIds
 from packflex.data.labels import FILLER, IGNORED, MASK_COLUMNS
+from packflex.data.loader import plain_signals
 from packflex.data.supervision import cut_bare_message, supervised_in_pieces
 from packflex.packing.strategies import OVERFLOWS
 from packflex.packing.stream import StreamPacker
@@ -327,6 +328,7 @@ class PackedStream:
                 num_workers=1,
                 pin_memory=self.pin_memory,
                 generator=torch.Generator().manual_seed(0),  # leaves the global one alone
+                worker_init_fn=plain_signals,
             )
             feeds |= dict.fromkeys((lane.number for lane in part), iter(loader))
         return feeds

@@ -1,5 +1,8 @@
 """PackedLoader: every row once, ranks equal, exact resume at every step, with workers and with other world sizes."""
 
+import os
+import signal
+
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 from packflex.data.collate import PackedCollator
 from packflex.data.loader import PackedLoader, _costs, rows_fingerprint
+from packflex.data.stream import PackedStream
 from packflex.packing.order import balanced_order
 
 
@@ -194,9 +198,49 @@ def test_rows_that_fill_the_last_step_are_told(caplog):
     with caplog.at_level("INFO", logger="packflex.data.loader"):
         list(make(rows_of(10), 4))
         assert "10 rows, 4 a step over 1 ranks: the last step of epoch 0 has 2 rows without tokens" in caplog.text
+        list(make(rows_of(10), 4, name="held-out"))
+        assert "10 held-out rows, 4 a step over 1 ranks: the last step of epoch 0 has 2 rows" in caplog.text
         caplog.clear()
         list(make(rows_of(12), 4))
         assert not caplog.text
+
+
+def who_and_signals(rows):
+    """A collate that tells the process it runs in, and what that does about signals."""
+    return os.getpid(), [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)]
+
+
+@pytest.fixture
+def caught():
+    """Signals that handlers of Python's caught, which a fork takes along."""
+    caught, numbers = [], (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    before = [signal.signal(n, lambda number, frame: caught.append(number)) for n in numbers]
+    yield caught
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def stream_of(rows, collate, batch_size, **options):
+    documents = [{"input_ids": row["input_ids"]} for row in rows]
+    return PackedStream(documents, collate, batch_size, seq_len=4, num_batches=20, **options)
+
+
+@pytest.mark.parametrize("loader_of", [PackedLoader, stream_of])
+def test_workers_end_at_sigterm_and_leave_ctrl_c_to_the_run(caught, loader_of):
+    batches = iter(loader_of(ROWS, who_and_signals, 1, num_workers=1))
+    worker, signals = next(batches)
+    assert worker != os.getpid()
+    assert signals == [signal.SIG_DFL, signal.SIG_IGN, signal.SIG_IGN]
+    os.kill(worker, signal.SIGINT)
+    next(batches)
+
+    def rest():
+        os.kill(worker, signal.SIGTERM)
+        return list(batches)
+
+    with pytest.raises(RuntimeError, match=r"killed by signal: Terminated|exited unexpectedly"):
+        rest()
+    assert not caught
 
 
 def test_a_state_of_other_rows_or_costs_is_refused():

@@ -14,8 +14,11 @@ from packflex import document_mask, flex_attention, pack_dataset
 from packflex.data.collate import PackedCollator, PaddedCollator
 from packflex.data.stream import PackedStream
 from packflex.integrations.lightning import CausalLMModule, PackedDataModule, PackFlexCallback
+from packflex.integrations.lightning import callback as callback_of
+from packflex.integrations.lightning import module as module_of
 from packflex.integrations.transformers import enable_packflex
 from packflex.losses import next_token_loss
+from packflex.models import add_adapters
 from packflex.testing.families import FAMILIES
 from packflex.testing.families import tiny_model as family_model
 from packflex.testing.leaks import LeakError
@@ -78,7 +81,7 @@ class Recorder(L.Callback):
             self.losses.append(metrics["train/loss"])
 
     def on_train_end(self, trainer, pl_module):
-        self.gradients = [p.grad.clone() for p in pl_module.parameters()]
+        self.gradients = [p.grad.clone() for p in pl_module.parameters() if p.requires_grad]
 
 
 def exact_gradients(model, rows, power=0.0):
@@ -232,6 +235,18 @@ def test_gradients_are_clipped_with_any_optimizer(tmp_path, precision, fused):
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.parametrize("value", [-1.0, 0, None])
+def test_a_clip_value_of_nothing_leaves_the_gradients(tmp_path, value):
+    """Below 0 too, where torch's own function would turn them round."""
+    gradients = []
+    for clip in (value, None):
+        recorder = Recorder()
+        fit = trainer(tmp_path, [recorder, PackFlexCallback()], gradient_clip_val=clip)
+        fit.fit(CausalLMModule(tiny_model(), SGD), PackedDataModule(packed_rows(), seq_len=SEQ_LEN, batch_size=2))
+        gradients.append(recorder.gradients)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_callback_logs_what_the_batch_holds(tmp_path):
     recorder = Recorder()
     rows = packed_rows()
@@ -241,12 +256,44 @@ def test_callback_logs_what_the_batch_holds(tmp_path):
     fit.fit(module, data)
     assert module.model.config._attn_implementation == "packflex"
     last = recorder.metrics[-1]
+    fit.validate(module, data, verbose=False)
+    logged = set(last) | set(fit.callback_metrics)
+    assert logged == {*module_of.LOGGED, *callback_of.LOGGED} - {"throughput/mfu"}, "what callbacks may monitor"
     assert 0.5 < last["packing/efficiency"] <= 1
     assert last["throughput/tokens_per_second"] > last["throughput/documents_per_second"] > 0
     assert "throughput/mfu" not in last, "no peak is known for a CPU"
     losses = [fit.validate(module, data, verbose=False)[0]["val/loss"] for _ in range(2)]
     assert losses[0] == losses[1]
     assert losses[0] == pytest.approx(exact_gradients(module.model, rows)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_mfu_counts_no_gradient_of_frozen_weights(tmp_path, monkeypatch, adapters):
+    """On a device whose peak is 1 FLOP a second, MFU over tokens a second is the FLOPs of a token."""
+    monkeypatch.setattr("packflex.integrations.lightning.callback.peak_flops", lambda device: 1.0)
+    model = tiny_model()
+    if adapters:
+        peft = pytest.importorskip("peft")
+        model = add_adapters(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    recorder, rows = Recorder(), packed_rows().select([0])
+    fit = trainer(tmp_path, [PackFlexCallback(), recorder], max_steps=1)
+    fit.fit(CausalLMModule(model, SGD), PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=1))
+    counts = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "embed" not in name:
+            counts[parameter.requires_grad] += parameter.numel()
+    assert (counts[False] > 0) is adapters
+    lengths = rows[0]["lengths"]
+    attention = 12 * 2 * 32 * sum(n * (n + 1) // 2 for n in lengths)
+    measured = recorder.metrics[-1]["throughput/mfu"] / recorder.metrics[-1]["throughput/tokens_per_second"]
+    assert measured == pytest.approx(6 * counts[True] + 4 * counts[False] + attention / sum(lengths), rel=1e-4)
+
+
+def test_held_out_rows_have_no_workers():
+    """They are forked in the middle of training, when other threads hold locks."""
+    data = PackedDataModule(packed_rows(), packed_rows(), seq_len=SEQ_LEN, batch_size=2, num_workers=2)
+    assert (data.train_dataloader().num_workers, data.val_dataloader().num_workers) == (2, 0)
+    assert (data.train_dataloader().name, data.val_dataloader().name) == ("training", "held-out")
 
 
 def test_callback_logs_what_the_accumulated_batches_of_a_step_hold(tmp_path):

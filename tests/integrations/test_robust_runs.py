@@ -115,13 +115,35 @@ def test_a_signal_during_the_last_step_changes_nothing(tmp_path, limits, batch):
         (tmp_path / "interrupted.ckpt").unlink(missing_ok=True)
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    stopper = SaveOnSignal(tmp_path)
-    stopper._handlers = {}
+def test_a_second_ctrl_c_stops_at_once(capfd):
+    stopper = SaveOnSignal()
     stopper._note(signal.SIGINT, None)
+    assert capfd.readouterr().err == "\nFinishing the step, then saving; Ctrl-C again stops at once\n"
+    stopper._note(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
         stopper._note(signal.SIGINT, None)
     assert stopper.caught == signal.SIGINT
+    assert capfd.readouterr().err == ""
+
+
+class EndedError(BaseException):
+    pass
+
+
+def test_a_second_ctrl_c_goes_to_who_had_it_before(tmp_path, capfd):
+    def ends(number, frame):
+        raise EndedError
+
+    stopper, sent = SaveOnSignal(tmp_path), [SendSignal(n, 1) for n in (signal.SIGTERM, signal.SIGINT)]
+    handler = signal.signal(signal.SIGINT, ends)
+    try:
+        with pytest.raises(EndedError):
+            trainer(tmp_path, [stopper, *sent]).fit(CausalLMModule(tiny_model(), SGD), data())
+        assert signal.getsignal(signal.SIGINT) is ends
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert (stopper.caught, stopper.checkpoint) == (signal.SIGTERM, None)
+    assert "Finishing the step, then saving; Ctrl-C stops at once" in capfd.readouterr().err
 
 
 class SendToOne(SendSignal):
@@ -228,6 +250,23 @@ def test_all_ranks_stop_with_the_message_of_the_one_whose_loss_it_is(tmp_path):
     assert f"after {first // 2} optimizer steps" in messages[0]
     assert "documents whose logits are not finite: document " in messages[0]
     assert {path.name for path in tmp_path.glob("*.pt")} == {f"nonfinite_batch_rank{rank}.pt" for rank in bad}
+
+
+def test_the_losses_of_several_ranks_are_told_apart(tmp_path, monkeypatch):
+    def of_two_ranks(own, ranks):
+        return [own, own.replace("rank 0", "rank 1")] if isinstance(own, str) else [own, own]
+
+    monkeypatch.setattr("packflex.integrations.lightning.guard.gathered", of_two_ranks)
+    fit = SimpleNamespace(world_size=2, global_rank=0, default_root_dir=tmp_path)
+    layout = PackedLayout.from_lengths([[3]])
+    ids = torch.ones(1, 3, dtype=torch.long)
+    item = ({"input_ids": ids, "packed": layout}, torch.tensor(torch.nan), torch.tensor(1.0), 7)
+    with pytest.raises(NonFiniteLossError) as error:
+        NonFiniteLossGuard()._check(fit, SimpleNamespace(parameters=lambda: [torch.tensor(torch.inf)]), item)
+    named = "documents of the batch: document 0 of row 0 (3 tokens: 1 1 1 ...)"
+    text = str(error.value)
+    assert f"{named}; also the loss of rank 1 is nan" in text
+    assert f"{named}. Weights are not finite either: go on from a checkpoint. Common causes: a learning" in text
 
 
 def test_documents_of_a_batch_that_ranks_share_are_named(tmp_path):

@@ -189,13 +189,15 @@ def test_compiled_model_is_traced_once(family: str, masks_first: bool) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(("family", "checkpointing"), [("llama", False), *((family, True) for family in FAMILIES)])
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
-def test_compiled_model_with_gradient_checkpointing() -> None:
+def test_compiled_model_has_the_same_gradients(family: str, checkpointing: bool) -> None:
     ids, weights = token_ids(2, 36), []
     for compiled in (False, True):
-        model = tiny_model("llama", num_hidden_layers=1).train()
+        model = tiny_model(family).train()
         enable_packflex(model)
-        model.gradient_checkpointing_enable()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
         torch._dynamo.reset()
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         run(ids, labels=ids, packed=LAYOUT).loss.backward()

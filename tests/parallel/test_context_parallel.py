@@ -19,7 +19,7 @@ from packflex.integrations.lightning import (
 from packflex.integrations.transformers import enable_packflex
 from packflex.losses import next_token_loss, token_weights
 from packflex.parallel.layout import ShardedLayout, shard_batch
-from packflex.testing.families import VOCAB, tiny_model
+from packflex.testing.families import FAMILIES, VOCAB, tiny_model
 from tests.integrations.test_lightning import SEQ_LEN, SGD, SaveGradients, packed_rows, trainer
 from tests.integrations.test_lightning import pytestmark as quiet
 from tests.integrations.test_lightning import tiny_model as lightning_model
@@ -64,7 +64,7 @@ def work(rank, ranks, family, checkpointing, folder):
 
 @pytest.mark.parametrize(
     ("family", "ranks", "checkpointing"),
-    [("llama", 2, False), ("llama", 3, True), ("gemma2", 2, False), ("mistral", 2, False), ("gpt_oss", 2, False)],
+    [("llama", 3, True), *((family, 2, False) for family in FAMILIES)],
 )
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning", "ignore::FutureWarning")
 def test_ranks_together_equal_one(tmp_path, family, ranks, checkpointing):

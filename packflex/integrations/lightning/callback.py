@@ -20,10 +20,14 @@ from packflex.integrations.lightning.shapes import attention_shape
 from packflex.integrations.transformers import enable_packflex, transformers_models
 from packflex.layout import PackedLayout
 from packflex.masks import document_mask
-from packflex.metrics import AttentionShape, Throughput, matmul_parameters, peak_flops
+from packflex.metrics import AttentionShape, Throughput, matmul_flops, peak_flops
 from packflex.parallel.layout import ShardedLayout
 from packflex.testing.leaks import check_leaks
 
+LOGGED = (
+    "packing/efficiency", "packing/documents", "throughput/tokens_per_second", "throughput/documents_per_second",
+    "throughput/mfu",
+)  # fmt: skip
 OUT_OF_MEMORY = (
     "packflex: to need less memory, in this order: fewer rows a batch (batch_size) with more accumulate_grad_batches, "
     'gradient checkpointing, a loss that holds no logits (CausalLMModule(loss="chunked")), a lower seq_len'
@@ -74,7 +78,7 @@ class PackFlexCallback(L.Callback):
         self._model: torch.nn.Module | None = None
         self._windows: set[int | None] = {None}
         self._attention: AttentionShape | None = None
-        self._parameters = 0
+        self._token_flops = 0
         self._loader_states: list[dict[str, Any]] = []
         self._length_reader = LengthReader()
         self._loader: Any = None
@@ -101,7 +105,7 @@ class PackFlexCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the weights, once they exist, and see to it that a resumed loader and Lightning count alike."""
-        self._parameters = matmul_parameters(pl_module)
+        self._token_flops = matmul_flops(pl_module)
         self._step, self._accumulated = trainer.global_step, []
         self._loader = trainer.train_dataloader
         states, self._loader_states = self._loader_states, []
@@ -211,7 +215,7 @@ class PackFlexCallback(L.Callback):
         """Forward and backward FLOPs of a batch; 0 when the model's shape is not known."""
         if self._attention is None:
             return 0.0
-        return 6.0 * self._parameters * packed.num_tokens + self._attention.flops(packed)
+        return float(self._token_flops * packed.num_tokens) + self._attention.flops(packed)
 
 
 def _packed(batch: Any) -> PackedLayout | ShardedLayout:

@@ -32,7 +32,8 @@ class PackedDataModule(L.LightningDataModule):
         order: "shuffle", "balanced" or "sequential"; see `PackedLoader`.
         seed: of the order.
         token_cost: for "balanced"; see `packflex.packing.row_costs`.
-        num_workers: processes that read and collate.
+        num_workers: processes that read and collate training rows. Held-out rows have none: they are few, in memory,
+            and a process that is forked in the middle of training inherits the locks of its threads.
         pin_memory: page-locked batches, for a GPU.
         heldout_batch_size: rows of a validation batch; `batch_size` by default.
         context_parallel_size: ranks that share each batch; their documents are then split where they are long. Needs
@@ -60,7 +61,8 @@ class PackedDataModule(L.LightningDataModule):
         self.collate = PackedCollator(seq_len, pad_token_id)
         self.batch_size = batch_size
         self.heldout_batch_size = batch_size if heldout_batch_size is None else heldout_batch_size
-        self._options: dict[str, Any] = {"seed": seed, "num_workers": num_workers, "pin_memory": pin_memory}
+        self._options: dict[str, Any] = {"seed": seed, "pin_memory": pin_memory}
+        self._num_workers = num_workers
         self._order, self._token_cost = order, token_cost
         if context_parallel_size < 1:
             raise ValueError(f"context_parallel_size must be at least 1; got {context_parallel_size}")
@@ -79,7 +81,10 @@ class PackedDataModule(L.LightningDataModule):
             self._length_reader.done()
             if before.rows is self.train:
                 return before
-        loader = self._loader(self.train, self.batch_size, order=self._order, token_cost=self._token_cost)
+        loader = self._loader(
+            self.train, self.batch_size, order=self._order, token_cost=self._token_cost,
+            num_workers=self._num_workers, name="training",
+        )  # fmt: skip
         resumed, self._resumed = self._resumed, None
         if resumed is not None and trainer is not None and trainer.ckpt_path is not None:
             loader.load_state_dict(resumed)
@@ -114,15 +119,15 @@ class PackedDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> PackedLoader:
         """This rank's validation batches, in order."""
-        return self._loader(self.heldout, self.heldout_batch_size, order="sequential")
+        return self._loader(self.heldout, self.heldout_batch_size, order="sequential", name="held-out")
 
-    def _loader(self, rows: Any, batch_size: int, **order: Any) -> PackedLoader:
+    def _loader(self, rows: Any, batch_size: int, **options: Any) -> PackedLoader:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if ranks % self._sharing:
             raise ValueError(f"context_parallel_size={self._sharing} must divide the number of ranks, {ranks}")
         collate = self.collate if self._sharing == 1 else _Sharded(self.collate, self._sharing, rank % self._sharing)
         return PackedLoader(
-            rows, collate, batch_size, rank=rank // self._sharing, world_size=ranks // self._sharing, **order,
+            rows, collate, batch_size, rank=rank // self._sharing, world_size=ranks // self._sharing, **options,
             **self._options,
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from packflex.integrations.transformers import transformers_models
 from packflex.layout import PackedLayout
 from packflex.parallel.layout import ShardedLayout
 
+_CAUSES = "Common causes: a learning rate that is too high, float16 without a scaler, broken documents"
 _NAMED = 8  # documents in the message; the file holds them all
 
 
@@ -86,12 +87,12 @@ class NonFiniteLossGuard(L.Callback):
         # on every rank, for a sharded model's forward passes wait for one another
         culprits = _culprits(trainer, pl_module, batch) if weights_fine else []
         value = float(loss)
-        own = None if value - value == 0 else self._message(trainer, batch, value, step, weights_fine, culprits)
-        raise NonFiniteLossError(" ".join(filter(None, gathered(own, trainer.world_size))))
+        own = None if value - value == 0 else self._message(trainer, batch, value, step, culprits)
+        found = "; also ".join(filter(None, gathered(own, trainer.world_size)))
+        state = "" if weights_fine else " Weights are not finite either: go on from a checkpoint."
+        raise NonFiniteLossError(f"{found}.{state} {_CAUSES}")
 
-    def _message(
-        self, trainer: L.Trainer, batch: Any, value: float, step: int, weights_fine: bool, culprits: list[_Place]
-    ) -> str:
+    def _message(self, trainer: L.Trainer, batch: Any, value: float, step: int, culprits: list[_Place]) -> str:
         folder = Path(trainer.default_root_dir if self.dirpath is None else self.dirpath)
         folder.mkdir(parents=True, exist_ok=True)
         many = trainer.world_size > 1
@@ -102,12 +103,8 @@ class NonFiniteLossGuard(L.Callback):
         about = "documents whose logits are not finite" if culprits else "documents of the batch"
         names = "; ".join(self._name(batch, packed, place) for place in named[:_NAMED])
         more = f"; and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-        state = "" if weights_fine else " Weights are not finite either: go on from a checkpoint."
         whose = f"the loss of rank {trainer.global_rank}" if many else "the loss"
-        return (
-            f"{whose} is {value} after {step} optimizer steps. Saved the batch to {path}; {about}: {names}{more}."
-            f"{state} Common causes: a learning rate that is too high, float16 without a scaler, broken documents"
-        )
+        return f"{whose} is {value} after {step} optimizer steps. Saved the batch to {path}; {about}: {names}{more}"
 
     def _name(self, batch: Any, packed: Any, place: _Place) -> str:
         row = batch["input_ids"][place.row]

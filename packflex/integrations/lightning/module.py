@@ -15,6 +15,7 @@ from packflex.integrations._output_head import OutputHead, output_head
 from packflex.losses import WEIGHTINGS, linear_next_token_loss, next_token_loss, token_weights
 
 LOSSES = ("logits", "chunked", "liger")
+LOGGED = ("train/loss", "train/lr", "val/loss")
 
 
 class CausalLMModule(L.LightningModule):
@@ -100,10 +101,13 @@ class CausalLMModule(L.LightningModule):
     ) -> None:
         """Clip as the trainer says, fused optimizers in bf16 too: Lightning refuses those for fear of scaled gradients.
 
-        Only fp16 scales gradients, and only there a fused optimizer undoes it after clipping would have to happen.
+        Only fp16 scales gradients, and only there a fused optimizer undoes it after clipping would have to happen. A
+        value of 0 or below clips nothing, as Lightning has it: torch would turn the gradients round.
         """
+        if gradient_clip_val is None or not gradient_clip_val > 0:
+            return
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and not scaled:
+        if gradient_clip_algorithm in (None, "norm") and not scaled:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
         else:

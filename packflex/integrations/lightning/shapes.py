@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from packflex.metrics import AttentionShape, matmul_parameters
+from packflex.metrics import AttentionShape, matmul_flops
 
 
 def attention_shape(model: PreTrainedModel) -> AttentionShape | None:
@@ -35,8 +35,9 @@ def attention_shape(model: PreTrainedModel) -> AttentionShape | None:
 def token_cost(model: Any) -> float:
     """Work of a token outside attention over that of a pair inside it, for `packflex.packing.row_costs`.
 
-    6 FLOPs a weight and token against 12 * L * d / 2 a causal pair of a document, that is N / (L * d). 0, which
-    balances attention alone, where the model's shape cannot be told.
+    6 FLOPs a weight and token (4 where it is frozen) against 12 * L * d / 2 a causal pair of a document, that is
+    N / (L * d) where all N weights are trained. 0, which balances attention alone, where the model's shape cannot be
+    told.
 
     Args:
         model: a transformers model, or one wrapped by peft.
@@ -45,4 +46,4 @@ def token_cost(model: Any) -> float:
     shape = attention_shape(inner)
     if shape is None:
         return 0.0
-    return matmul_parameters(inner) / (len(shape.windows) * shape.width)
+    return matmul_flops(inner) / (6 * len(shape.windows) * shape.width)

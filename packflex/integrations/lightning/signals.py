@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -12,14 +13,17 @@ import torch
 
 # SIGUSR2 is what submitit has SLURM send some minutes before a job's time is over.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+_STDERR = 2  # written to by number: a handler may come in the middle of a print
 
 
 class SaveOnSignal(L.Callback):
     """On SIGINT, SIGTERM or SIGUSR2, finish the optimizer step, save a checkpoint, and stop training.
 
     During the last step of `max_steps` or `max_epochs` there is nothing left to go on with: training ends as it would
-    have. A second Ctrl-C stops at once, without a checkpoint. Over several ranks a signal to any of them stops all at
-    the same step, on GPUs one step later. Lightning's own handling of them is set aside while training runs.
+    have. The first signal is answered by a line on stderr. A second Ctrl-C stops at once, without a checkpoint: it goes
+    to whoever had SIGINT before, which for Python itself is a `KeyboardInterrupt`. Over several ranks a signal to any
+    of them stops all at the same step, on GPUs one step later. Lightning's own handling of them is set aside while
+    training runs.
 
     Args:
         dirpath: folder of `interrupted.ckpt`; the trainer's `default_root_dir` when None.
@@ -35,6 +39,8 @@ class SaveOnSignal(L.Callback):
         self.caught: signal.Signals | None = None
         self.checkpoint: Path | None = None
         self._handlers: dict[signal.Signals, Any] = {}
+        self._process = os.getpid()
+        self._speaks = True
         self._step = 0
         self._asked: torch.Tensor | None = None  # signals on all ranks, as of the step before
 
@@ -42,6 +48,7 @@ class SaveOnSignal(L.Callback):
         """Take over the signals."""
         self.caught, self.checkpoint, self._asked = None, None, None
         self._step = trainer.global_step
+        self._process, self._speaks = os.getpid(), trainer.is_global_zero
         for number in SIGNALS:
             self._handlers[number] = signal.signal(number, self._note)
 
@@ -55,8 +62,8 @@ class SaveOnSignal(L.Callback):
         if _is_over(trainer) or not self._anyone(trainer):
             return
         folder = Path(trainer.default_root_dir if self.dirpath is None else self.dirpath)
+        trainer.save_checkpoint(folder / "interrupted.ckpt")
         self.checkpoint = folder / "interrupted.ckpt"
-        trainer.save_checkpoint(self.checkpoint)
         trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -68,9 +75,18 @@ class SaveOnSignal(L.Callback):
         self._release()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.caught is not None and number == signal.SIGINT:
+        if os.getpid() != self._process:
+            in_worker(number)
+        elif self.caught is None:
+            self.caught = signal.Signals(number)
+            if self._speaks:
+                again = "again " if number == signal.SIGINT else ""
+                os.write(_STDERR, f"\nFinishing the step, then saving; Ctrl-C {again}stops at once\n".encode())
+        elif number == signal.SIGINT:
+            before = self._handlers.get(signal.SIGINT)
+            if callable(before):
+                before(number, frame)
             raise KeyboardInterrupt
-        self.caught = signal.Signals(number)
 
     def _anyone(self, trainer: L.Trainer) -> bool:
         if trainer.world_size == 1:
@@ -88,6 +104,13 @@ class SaveOnSignal(L.Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+
+
+def in_worker(number: int) -> None:
+    """What a handler does in a process that was forked with it: the run decides, and ends its workers with SIGTERM."""
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def _is_over(trainer: L.Trainer) -> bool:

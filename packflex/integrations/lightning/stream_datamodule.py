@@ -67,7 +67,13 @@ class StreamDataModule(L.LightningDataModule):
         """This rank's validation batches, in order."""
         rank, ranks = self._place()
         return PackedLoader(
-            self.heldout, self.collate, self.batch_size, order="sequential", rank=rank, world_size=ranks
+            self.heldout,
+            self.collate,
+            self.batch_size,
+            order="sequential",
+            rank=rank,
+            world_size=ranks,
+            name="held-out",
         )
 
     def _place(self) -> tuple[int, int]:

@@ -108,6 +108,8 @@ def flex_attention(
             "return_aux: max_scores is computed outside torch.compile, and by packflex's own backends; ask for it "
             'outside the compiled part, with backend="triton" or None'
         )
+    if not torch.compiler.is_compiling():
+        _check_transforms((query, key, value), backend, _intervals_only(mask, score_mod))
     if check_bounds:
         _check_bounds(query, key, mask, score_mod, scale)
     cap = 0.0 if softcap is None else float(softcap)
@@ -270,6 +272,23 @@ def _choose_backend(
     if unfit or kernel_options or support.refusal(query, key, value, scale):
         return "triton"
     return "hopper"
+
+
+def _check_transforms(tensors: tuple[Tensor, ...], backend: str, intervals: bool) -> None:
+    """Refuse what torch.func's transforms cannot do with an op whose derivative is an op."""
+    functorch = torch._C._functorch
+    if backend == "torch" or (backend == "reference" and not intervals):
+        return
+    if any(map(functorch.is_gradtrackingtensor, tensors)):
+        raise NotImplementedError(
+            "torch.func's derivatives (grad, vjp, jacrev, ...) do not go through packflex's kernels: write "
+            'torch.autograd.grad or .backward(); with a score_mod or an evaluated mask, backend="reference" takes them'
+        )
+    if not intervals and any(map(functorch.is_batchedtensor, tensors)):
+        raise NotImplementedError(
+            "torch.vmap does not go through packflex's kernels with mods: make the mapped axis part of the batch axis, "
+            'or ask for backend="reference"'
+        )
 
 
 def _check_bounds(query: Tensor, key: Tensor, mask: BlockMask | None, score_mod: ScoreMod | None, scale: float) -> None:

@@ -188,6 +188,16 @@ def test_threads_that_trace_at_once_leave_anomaly_mode_on():
     assert not failed
 
 
+def test_transforms_that_the_kernels_do_not_take_are_refused():
+    q = torch.randn(1, 2, 32, 16)
+    mod = score_mods.alibi(2)
+    for options in ({}, {"backend": "triton"}, {"backend": "triton", "score_mod": mod}):
+        with pytest.raises(NotImplementedError, match=r"torch.func's derivatives .* write torch.autograd.grad"):
+            torch.func.grad(lambda x, options=options: flex_attention(x, x, x, **options).sum())(q)
+    with pytest.raises(NotImplementedError, match=r"torch.vmap does not .* part of the batch axis"):
+        torch.vmap(lambda x: flex_attention(x, x, x, backend="triton", score_mod=mod))(q[None])
+
+
 def test_transforms_of_torch_func():
     """Outside of them mods are traced; a captured tensor that they differentiate is refused, not left out."""
     x = torch.randn(1, H, S, 16, generator=torch.Generator().manual_seed(0))

@@ -106,9 +106,8 @@ def trace(mod: Callable[..., Any], kind: str, device: torch.device, hold_numbers
     return Traced(program, first.captures, held, recorder.tape, not recorder.read_values)
 
 
-_one_at_a_time = (
-    threading.RLock()
-)  # torch.fx's patches and anomaly mode, which a trace turns off, are the whole process's
+# torch.fx's patches and anomaly mode, which a trace turns off, are the whole process's
+_one_at_a_time = threading.RLock()
 
 
 def _outside_transforms() -> AbstractContextManager[Any]:

@@ -13,18 +13,23 @@ from typing import Any
 from packflex.data.chat_template import OTHER_TEMPLATE, Conversation, Message
 from packflex.data.chat_words import (
     ARGUMENTS,
+    LEGACY_CALL,
     NAMES,
     THOUGHTS,
     as_parts,
     as_string,
     has_thoughts,
     is_text_only,
-    is_written_raw,
+    other_beginnings,
+    part_types,
+    raw_types,
     rewordings,
+    thought_ends,
     words,
 )
 from packflex.data.errors import DataError
 
+BEGINNING = "the beginning of 'content'"
 # In what form a template takes the content of messages: as it is, as strings, as parts of text
 _FORMS: tuple[Callable[[Message], Message], ...] = (lambda message: message, as_string, as_parts)
 
@@ -91,7 +96,7 @@ class WrittenWords:
 
 
 def kind_of(talk: Conversation, at: int) -> tuple[Any, ...]:
-    """What a template may treat message `at` by: its role, what it holds, and the roles beside it."""
+    """What a template may treat message `at` by: its role, what it holds, and the roles beside it and at the end."""
     message = talk.messages[at]
     calls = message.get("tool_calls") or []
     last = calls[-1] if calls else {}
@@ -100,8 +105,9 @@ def kind_of(talk: Conversation, at: int) -> tuple[Any, ...]:
     return (
         frozenset((key, type(value)) for key, value in message.items() if value),
         _shape(message.get("content")), bool(words(message.get("content")).strip()), has_thoughts(message),
+        thought_ends(message.get("content")), part_types(message.get("content")),
         message["role"], min(len(calls), 2), arguments, bool(talk.tools),
-        *talk.roles[at - 1 : at], ":", *talk.roles[at + 1 : at + 2],
+        *talk.roles[at - 1 : at], ":", *talk.roles[at + 1 : at + 2], ":", talk.roles[-1],
     )  # fmt: skip
 
 
@@ -116,11 +122,17 @@ def _wrong_content(talk: Conversation, unseen: dict[int, Any], whole: str) -> st
         other = rewordings(message).get("content")
         if other and talk.text_or_none(talk.replaced(at, other)) == whole:
             return _lost(talk, at, "content")
-        if is_written_raw(message.get("content"), whole):
+        if types := raw_types(message.get("content"), whole):
             return (
-                f"{talk.template_name} writes the parts of message {at} ({message['role']}) as objects and not as "
-                "text; give content as a string, or a template that takes parts"
+                f"{talk.template_name} writes the parts of message {at} ({message['role']}) of the type "
+                f"{', '.join(map(repr, types))} as objects and not as text; give content as a string, or a template "
+                "that takes such parts"
             )
+        for other in other_beginnings(message):
+            if talk.text_or_none(talk.replaced(at, other)) != whole:
+                continue
+            if message["role"] != "assistant" or not _written_last(talk, at, other):
+                return _lost(talk, at, BEGINNING)
     return ""
 
 
@@ -132,6 +144,16 @@ def _written_last(talk: Conversation, at: int, other: Message) -> bool:
 
 def _lost(talk: Conversation, at: int, what: str) -> str:
     role = talk.roles[at]
+    if what == LEGACY_CALL:
+        return (
+            f"{talk.template_name} does not write {what!r} of message {at} ({role}), so the call would be lost; rename "
+            "it to 'tool_calls', a list of objects with a 'function' that has its 'name' and 'arguments'"
+        )
+    if what == BEGINNING:
+        return (
+            f"{talk.template_name} does not write the beginning of 'content' of message {at} ({role}), such as "
+            f"thoughts in it, so its words would be lost; {OTHER_TEMPLATE}, or leave thoughts out of such messages"
+        )
     if what in (NAMES, ARGUMENTS):
         return (
             f"the {role} calls tools in message {at}, and {talk.template_name} does not write the {what.split()[0]} of "

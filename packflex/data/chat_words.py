@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from packflex.data.chat_template import Conversation, Message
@@ -36,14 +37,16 @@ def words(content: Any) -> str:
 
 
 def as_string(message: Message) -> Message:
-    """A message whose parts are joined to a string; itself where there are none, or others than text."""
-    content = message.get("content")
+    """A message whose parts are joined to a string, "" where it has no content; itself where there are other parts."""
+    content = message.get("content", [])
     return {**message, "content": words(content)} if is_text_only(content) else message
 
 
 def as_parts(message: Message) -> Message:
-    """A message whose string is a list of one part of text."""
+    """A message whose string is a list of one part of text, "" where it has no content."""
     content = message.get("content")
+    if content is None:
+        return {**message, "content": ""}
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
@@ -65,6 +68,35 @@ def raw_types(content: Any, text: str) -> tuple[str, ...]:
 def is_raw(value: Any, text: str) -> bool:
     """Whether an object or a list stands in `text` as Python or JSON."""
     return any(raw in text for raw in (str(value), json.dumps(value), json.dumps(value, ensure_ascii=False)))
+
+
+def argument_kinds(message: Message) -> tuple[str, ...]:
+    """What the arguments of a message's tool calls are, each kind once: types, or strings that hold an object."""
+    found = (arguments for call in message.get("tool_calls") or () for arguments in _arguments(call))
+    return tuple(dict.fromkeys("object in a string" if _is_json(each) else type(each).__name__ for each in found))
+
+
+def with_objects(message: Message) -> Message:
+    """A message whose tool calls have objects for arguments, as far as their strings are JSON of one."""
+    return _with_arguments(message, _parsed)
+
+
+def with_strings(message: Message) -> Message:
+    """A message whose tool calls have JSON text for arguments."""
+    return _with_arguments(
+        message, lambda given: json.dumps(given, ensure_ascii=False) if isinstance(given, dict) else given
+    )
+
+
+def wrong_arguments(message: Message, text: str) -> str:
+    """What is wrong with how arguments stand in `text`: JSON as a string within JSON, objects as Python; or ""."""
+    for call in message.get("tool_calls") or ():
+        for given in _arguments(call):
+            if _is_json(given) and (json.dumps(given) in text or json.dumps(given, ensure_ascii=False) in text):
+                return "a string within JSON"
+            if isinstance(given, dict) and given and str(given) in text and str(given) != json.dumps(given):
+                return "a Python object"
+    return ""
 
 
 def has_thoughts(message: Message) -> bool:
@@ -173,6 +205,40 @@ def _begun(text: str) -> str:
     opening = _OPENING.match(text)
     cut = opening.end() if opening else 0
     return f"{text[:cut]}{_PROBE}{text[cut:]}"
+
+
+def _arguments(call: Any) -> list[Any]:
+    """The arguments of a tool call, in either of the forms that templates take; [] where it has none."""
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    return [inner["arguments"]] if isinstance(inner, dict) and "arguments" in inner else []
+
+
+def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
+    if not any(_arguments(call) for call in message.get("tool_calls") or ()):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        for given in _arguments(call):
+            if isinstance(call.get("function"), dict):
+                call = {**call, "function": {**call["function"], "arguments": change(given)}}
+            else:
+                call = {**call, "arguments": change(given)}
+        calls.append(call)
+    return {**message, "tool_calls": calls}
+
+
+def _is_json(given: Any) -> bool:
+    return isinstance(given, str) and given.lstrip().startswith("{")
+
+
+def _parsed(given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    try:
+        found = json.loads(given or "{}")
+    except json.JSONDecodeError:
+        return given
+    return found if isinstance(found, dict) else given
 
 
 def _renamed(call: Any) -> Any:

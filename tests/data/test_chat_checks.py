@@ -230,3 +230,56 @@ def test_what_is_written_does_not_depend_on_the_order_of_conversations(plain):
             continue
         with pytest.raises(DataError, match=r"does not write 'content' of message 0 \(system\)"):
             chat.encode(talk)
+
+
+CALLING = "{% for c in m.tool_calls or [] %}call {{ c.function.name }}(ARGUMENTS){% endfor %}{{ m.content }}"
+# As Qwen 2.5; as Qwen 3.5, which fails on strings; as DeepSeek V3, which fails on objects; and Python objects
+TO_JSON_CALLS = CALLING.replace("ARGUMENTS", "{{ c.function.arguments | tojson }}")
+OBJECTS = CALLING.replace(
+    "ARGUMENTS", "{ {%- for k, v in c.function.arguments | items %}{{ k | tojson }}: {{ v | tojson }}{% endfor -%} }"
+)
+STRINGS = CALLING.replace("ARGUMENTS", "{{ '' + c.function.arguments }}")
+PYTHON = CALLING.replace("ARGUMENTS", "{{ c.function.arguments }}")
+
+
+def calling(*arguments, content=""):
+    calls = [{"type": "function", "function": {"name": "add", "arguments": each}} for each in arguments]
+    return {"role": "assistant", "content": content, "tool_calls": calls}
+
+
+@pytest.mark.parametrize("calls", [TO_JSON_CALLS, OBJECTS, STRINGS, PYTHON], ids=["json", "objects", "strings", "raw"])
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])
+def test_arguments_are_brought_to_the_form_that_a_template_takes(plain, template, calls):
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = template.replace("{{ m.content }}", calls)
+    chat = ChatEncoder(TextEncoder(tokenizer))
+    for _ in range(2):
+        for arguments in ({"city": "Köln"}, '{"city": "Köln"}'):
+            _, labels = chat.encode([ASKED, calling(arguments), {"role": "tool", "content": "four"}, FOUR])
+            assert spoken(plain, labels) == ['call add({"city": "Köln"})<|eos|>', "four<|eos|>"]
+
+
+def test_arguments_that_are_no_object_are_named(plain):
+    named = r"'arguments' of the 'tool_calls' in message 1 .*give an object, or the JSON text of one"
+    for calls in (TO_JSON_CALLS, OBJECTS):
+        tokenizer = copy.deepcopy(plain)
+        tokenizer.chat_template = CHATML.replace("{{ m.content }}", calls)
+        chat = ChatEncoder(TextEncoder(tokenizer))
+        chat.encode([ASKED, calling('{"city": "Bonn"}')])
+        with pytest.raises(DataError, match=named):
+            chat.encode([ASKED, calling('{"city": "Bo')])
+    encode(plain, CHATML.replace("{{ m.content }}", TO_JSON_CALLS), [ASKED, calling("2 + 2")])  # free text
+
+
+def test_calls_without_content_where_the_template_reads_it(plain):
+    """As OpenAI has it, and DeepSeek V3 not."""
+    template = CHATML.replace("{{ m.content }}", TO_JSON_CALLS.replace("m.content", "'' + m.content"))
+    turn = calling({"city": "Bonn"}, content=None)
+    expected = encode(plain, template, [ASKED, {**turn, "content": ""}])
+    assert spoken(plain, expected[1]) == ['call add({"city": "Bonn"})<|eos|>']
+    assert encode(plain, template, [ASKED, turn]) == expected
+
+
+def test_parallel_calls_of_which_the_first_is_written(plain):
+    with pytest.raises(DataError, match=r"writes only the first of the 2 'tool_calls' in message 1 \(assistant\)"):
+        encode(plain, TOOLS, [ASKED, calling({"a": 2}, {"a": 3})])

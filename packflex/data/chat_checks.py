@@ -179,6 +179,14 @@ def _written_last(talk: Conversation, at: int, other: Message) -> bool:
     return texts[0] is None or texts[0] != texts[1]
 
 
+def _is_first_written_alone(talk: Conversation, at: int) -> bool:
+    """Whether the first of a message's calls is written and the others make no difference."""
+    one = {**talk.messages[at], "tool_calls": talk.messages[at]["tool_calls"][:1]}
+    whole = talk.text_or_none(talk.messages)
+    renamed = rewordings(one).get(NAMES, one)
+    return talk.text_or_none(talk.replaced(at, one)) == whole != talk.text_or_none(talk.replaced(at, renamed))
+
+
 def _lost(talk: Conversation, at: int, what: str) -> str:
     role = talk.roles[at]
     if what == LEGACY_CALL:
@@ -193,8 +201,7 @@ def _lost(talk: Conversation, at: int, what: str) -> str:
         )
     if what in (NAMES, ARGUMENTS):
         calls = talk.messages[at]["tool_calls"]
-        first = talk.replaced(at, {**talk.messages[at], "tool_calls": calls[:1]})
-        if len(calls) > 1 and talk.text_or_none(first) == talk.text_or_none(talk.messages):
+        if len(calls) > 1 and _is_first_written_alone(talk, at):
             return (
                 f"{talk.template_name} writes only the first of the {len(calls)} 'tool_calls' in message {at} "
                 f"({role}), so the others would be lost; {OTHER_TEMPLATE}, or give each call a message of its own"

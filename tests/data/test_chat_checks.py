@@ -283,3 +283,5 @@ def test_calls_without_content_where_the_template_reads_it(plain):
 def test_parallel_calls_of_which_the_first_is_written(plain):
     with pytest.raises(DataError, match=r"writes only the first of the 2 'tool_calls' in message 1 \(assistant\)"):
         encode(plain, TOOLS, [ASKED, calling({"a": 2}, {"a": 3})])
+    with pytest.raises(DataError, match="does not write the names of these 'tool_calls'"):
+        encode(plain, CHATML, [ASKED, calling({"a": 2}, {"a": 3}, content="let me see")])

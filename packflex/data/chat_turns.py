@@ -31,6 +31,7 @@ class UnmarkedTurns:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
+        self._bos = tokenizer.bos_token
         self._openings: dict[Any, tuple[str, str]] = {}
         self._ends: dict[Any, str] = {}
 
@@ -126,19 +127,29 @@ class UnmarkedTurns:
         text, other = talk.text_or_none(said), talk.text_or_none(longer)
         end = ""
         if text is not None and other is not None and other != text and other.startswith(text):
-            nexts = [
-                talk.text_or_none([*said, _message("user", "0", talk)]),
-                talk.text_or_none([*said, _message("assistant", "0", talk)]),
-                talk.text_or_none(said, prompt=True),
-            ]
-            end = self._end_in([each[len(text) :] for each in nexts if each and each.startswith(text) and each != text])
-            if not end:
+            asked, *others = (
+                each[len(text) :] if each and each.startswith(text) else ""
+                for each in (
+                    talk.text_or_none([*said, _message("user", "0", talk)]),
+                    talk.text_or_none([*said, _message("assistant", "0", talk)]),
+                    talk.text_or_none(said, prompt=True),
+                )
+            )
+            # Without a user's message, what the others share may be the assistant's own header
+            end = self._end_in([asked, *filter(None, others)]) if asked else ""
+            if not end or self._begins_messages(talk, end):
                 raise DataError(
                     f"{talk.source}: {talk.template_name} writes no end of the assistant's turns, so a model would not "
                     f"learn to stop; {_MARK}, around the words and what ends them"
                 )
         self._ends[kind] = end
         return end
+
+    def _begins_messages(self, talk: Conversation, end: str) -> bool:
+        """Whether a text begins the first message as well, so that it is a header and ends none."""
+        first = talk.text_or_none([_message("user", "0", talk)]) or ""
+        start = first.removeprefix(str(self._bos or "")).lstrip()
+        return bool(end.strip()) and start.startswith(end.strip())
 
     def _end_in(self, nexts: list[str]) -> str:
         """The token, white space or line that begins every text that may follow a turn; "" if there is none."""

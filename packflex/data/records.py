@@ -108,9 +108,14 @@ def check_messages(messages: Any, source: str, field: str = "messages") -> None:
         content = message.get("content")
         calls_tools = message["role"] == "assistant" and bool(message.get("tool_calls"))
         if not isinstance(content, (str, list)) and not (content is None and calls_tools):
+            remedy = (
+                "rename 'function_call' to 'tool_calls', a list of objects with a 'function'"
+                if message.get("function_call")
+                else "only an assistant's message with 'tool_calls' may have none"
+            )
             raise DataError(
                 f"{source}: 'content' of message {at} ({message['role']}) must be a string or a list of parts; "
-                f"got {_shown(content)}; only an assistant's message with 'tool_calls' may have none"
+                f"got {_shown(content)}; {remedy}"
             )
         for part in content if isinstance(content, list) else ():
             if not _is_part(part):

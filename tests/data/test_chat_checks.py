@@ -136,3 +136,152 @@ def test_what_no_form_of_content_mends_is_said_and_not_the_form(plain):
     turn = {**FOUR, "thinking": "six"}
     with pytest.raises(DataError, match=r"does not write 'thinking' of message 1 \(assistant\)"):
         encode(plain, PARTS, [ASKED, turn])
+
+
+@pytest.mark.parametrize("template", [RAW, TO_JSON], ids=["python", "json"])
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        ([{"type": "output_text", "text": "four"}], "output_text"),
+        ([{"type": "thinking", "thinking": "2+2"}, {"type": "text", "text": "four"}], "thinking"),
+        ([{"type": "image"}, {"type": "text", "text": "four"}], "image"),
+    ],
+)
+def test_parts_of_other_types_that_are_written_as_objects(plain, template, parts, named):
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = template
+    chat = ChatEncoder(TextEncoder(tokenizer))
+    chat.encode([ASKED, FOUR])
+    with pytest.raises(
+        DataError, match=rf"writes the parts of message 1 \(assistant\) of the type .*'{named}'.* as obj"
+    ):
+        chat.encode([ASKED, {"role": "assistant", "content": parts}])
+
+
+def test_a_part_of_a_new_type_is_looked_at(plain):
+    """And one that is quoted in the words is no object."""
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = EITHER.replace("{% endif %}{% endfor %}{% endif %}",
+        "{% elif p.type != 'image' %}{{ p }}{% endif %}{% endfor %}{% endif %}")  # fmt: skip
+    chat = ChatEncoder(TextEncoder(tokenizer))
+    quoting = {"type": "text", "text": "What is {'type': 'image'}?"}
+    chat.encode([{"role": "user", "content": [{"type": "image"}, quoting]}, FOUR])
+    with pytest.raises(DataError, match=r"of message 0 \(user\) of the type 'audio' as objects"):
+        chat.encode([{"role": "user", "content": [{"type": "audio"}, quoting]}, FOUR])
+
+
+def test_parts_of_thoughts_that_are_not_written(plain):
+    parts = [{"type": "thinking", "thinking": "2+2"}, {"type": "text", "text": "four"}]
+    with pytest.raises(DataError, match=r"does not write the beginning of 'content' of message 1 \(assistant\)"):
+        encode(plain, EITHER, [ASKED, {"role": "assistant", "content": parts}])
+
+
+CUT = "{{ m.content.split('</think>')[-1] if COND else m.content }}"
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])
+@pytest.mark.parametrize("words", ["<think>\n2+2\n</think>\n\nfour", "2+2</think>four"])
+def test_thoughts_in_the_words_that_are_not_written(plain, template, words):
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = template.replace("{{ m.content }}", CUT.replace("COND", "true"))
+    chat = ChatEncoder(TextEncoder(tokenizer))
+    chat.encode([ASKED, FOUR])
+    with pytest.raises(
+        DataError, match=r"does not write the beginning of 'content' of message 1 \(assistant\), .* lea"
+    ):
+        chat.encode([ASKED, {"role": "assistant", "content": words}])
+    chat.encode([ASKED, {"role": "assistant", "content": "<think>\n\n</think>\n\nfour"}])
+
+
+def test_thoughts_in_the_words_that_are_cut_from_earlier_turns(plain):
+    """By design; and a template that writes them again from between their marks leaves none out."""
+    thoughtful = {"role": "assistant", "content": "<think>2+2</think>four"}
+    talk = [ASKED, thoughtful, ASKED, thoughtful]
+    earlier = MARKED.replace("{{ m.content }}{{ eos_token }}{% endg", CUT.replace("COND", "not loop.last")
+                             + "{{ eos_token }}{% endg")  # fmt: skip
+    assert spoken(plain, encode(plain, earlier, talk)[1]) == ["four<|eos|>", "<think>2+2</think>four<|eos|>"]
+    again = MARKED.replace(
+        "{{ m.content }}{{ eos_token }}{% endg",
+        "<think>{{ m.content.split('</think>')[0].split('<think>')[-1] }}</think>{{ m.content.split('</think>')[-1] }}"
+        "{{ eos_token }}{% endg",
+    )
+    assert spoken(plain, encode(plain, again, talk)[1]) == ["<think>2+2</think>four<|eos|>"] * 2
+
+
+@pytest.mark.parametrize("content", ["Let me look.", ""])
+def test_a_function_call_that_is_not_written(plain, content):
+    call = {"name": "add", "arguments": '{"a": 2}'}
+    turn = {"role": "assistant", "content": content, "function_call": call}
+    with pytest.raises(DataError, match=r"does not write 'function_call' of message 1 .* rename it to 'tool_calls'"):
+        encode(plain, CHATML, [ASKED, turn])
+    writing = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.function_call.name if m.function_call }}")
+    assert spoken(plain, encode(plain, writing, [ASKED, turn])[1]) == [f"{content}add<|eos|>"]
+
+
+def test_what_is_written_does_not_depend_on_the_order_of_conversations(plain):
+    """As Mistral, which writes the system's words with the last message if that is the user's."""
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = MARKED.replace("{% for m", "{% if messages[-1].role == 'user' %}{{ messages[0].content }}"
+        "{% endif %}{% for m").replace("in messages %}", "in messages if m.role != 'system' %}")  # fmt: skip
+    chat = ChatEncoder(TextEncoder(tokenizer))
+    for talk in (TALK[:4], TALK[:3], TALK[:4], TALK[:3]):
+        if talk[-1]["role"] == "user":
+            chat.encode(talk)
+            continue
+        with pytest.raises(DataError, match=r"does not write 'content' of message 0 \(system\)"):
+            chat.encode(talk)
+
+
+CALLING = "{% for c in m.tool_calls or [] %}call {{ c.function.name }}(ARGUMENTS){% endfor %}{{ m.content }}"
+# As Qwen 2.5; as Qwen 3.5, which fails on strings; as DeepSeek V3, which fails on objects; and Python objects
+TO_JSON_CALLS = CALLING.replace("ARGUMENTS", "{{ c.function.arguments | tojson }}")
+OBJECTS = CALLING.replace(
+    "ARGUMENTS", "{ {%- for k, v in c.function.arguments | items %}{{ k | tojson }}: {{ v | tojson }}{% endfor -%} }"
+)
+STRINGS = CALLING.replace("ARGUMENTS", "{{ '' + c.function.arguments }}")
+PYTHON = CALLING.replace("ARGUMENTS", "{{ c.function.arguments }}")
+
+
+def calling(*arguments, content=""):
+    calls = [{"type": "function", "function": {"name": "add", "arguments": each}} for each in arguments]
+    return {"role": "assistant", "content": content, "tool_calls": calls}
+
+
+@pytest.mark.parametrize("calls", [TO_JSON_CALLS, OBJECTS, STRINGS, PYTHON], ids=["json", "objects", "strings", "raw"])
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])
+def test_arguments_are_brought_to_the_form_that_a_template_takes(plain, template, calls):
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = template.replace("{{ m.content }}", calls)
+    chat = ChatEncoder(TextEncoder(tokenizer))
+    for _ in range(2):
+        for arguments in ({"city": "Köln"}, '{"city": "Köln"}'):
+            _, labels = chat.encode([ASKED, calling(arguments), {"role": "tool", "content": "four"}, FOUR])
+            assert spoken(plain, labels) == ['call add({"city": "Köln"})<|eos|>', "four<|eos|>"]
+
+
+def test_arguments_that_are_no_object_are_named(plain):
+    named = r"'arguments' of the 'tool_calls' in message 1 .*give an object, or the JSON text of one"
+    for calls in (TO_JSON_CALLS, OBJECTS):
+        tokenizer = copy.deepcopy(plain)
+        tokenizer.chat_template = CHATML.replace("{{ m.content }}", calls)
+        chat = ChatEncoder(TextEncoder(tokenizer))
+        chat.encode([ASKED, calling('{"city": "Bonn"}')])
+        with pytest.raises(DataError, match=named):
+            chat.encode([ASKED, calling('{"city": "Bo')])
+    encode(plain, CHATML.replace("{{ m.content }}", TO_JSON_CALLS), [ASKED, calling("2 + 2")])  # free text
+
+
+def test_calls_without_content_where_the_template_reads_it(plain):
+    """As OpenAI has it, and DeepSeek V3 not."""
+    template = CHATML.replace("{{ m.content }}", TO_JSON_CALLS.replace("m.content", "'' + m.content"))
+    turn = calling({"city": "Bonn"}, content=None)
+    expected = encode(plain, template, [ASKED, {**turn, "content": ""}])
+    assert spoken(plain, expected[1]) == ['call add({"city": "Bonn"})<|eos|>']
+    assert encode(plain, template, [ASKED, turn]) == expected
+
+
+def test_parallel_calls_of_which_the_first_is_written(plain):
+    with pytest.raises(DataError, match=r"writes only the first of the 2 'tool_calls' in message 1 \(assistant\)"):
+        encode(plain, TOOLS, [ASKED, calling({"a": 2}, {"a": 3})])
+    with pytest.raises(DataError, match="does not write the names of these 'tool_calls'"):
+        encode(plain, CHATML, [ASKED, calling({"a": 2}, {"a": 3}, content="let me see")])

@@ -128,3 +128,30 @@ def test_parts_of_a_conversation_that_are_refused(plain):
         match=r"refuses the first 1 of 2 messages \(no user; roles: system, assistant\); .* generation %} marks",
     ):
         encode(plain, template, talk)
+
+
+def test_the_header_of_the_next_turn_is_no_end(chatml):
+    """As GLM 4.5 after a tool: thoughts are cut where a user follows, so that only the assistant's header is shared."""
+    template = (
+        "{% set ns = namespace(user=-1) %}{% for m in messages if m.role == 'user' %}{% set ns.user = loop.index0 %}"
+        "{% endfor %}{% for m in messages %}<|{{ 'answer' if m.role == 'assistant' else 'user' }}|>"
+        "{{ m.reasoning_content if ns.user == 0 }}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|answer|>{% endif %}"
+    )
+    thoughtful = {**FOUR, "reasoning_content": "two"}
+    talk = [ASKED, thoughtful, {"role": "tool", "content": "4"}, {**SIX, "reasoning_content": "three"}]
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.chat_template = template
+    chat = ChatEncoder(TextEncoder(tokenizer), "last")
+    for messages in (talk, [ASKED, {**FOUR, "content": "two"}, talk[2], SIX]):
+        with pytest.raises(DataError, match="writes no end of the assistant's turns"):
+            chat.encode(messages)
+
+
+def test_a_header_that_all_messages_share_is_no_end(chatml):
+    template = (
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(DataError, match="writes no end of the assistant's turns"):
+        encode(chatml, template, [ASKED, FOUR])

@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset, disable_progress_bars
 
 from packflex.data.errors import DataError
+from packflex.data.records import check_messages
 from packflex.data.sources import load_documents
 from packflex.data.tokenize import tokenize_documents
 from packflex.data.tokenizer import train_tokenizer
@@ -222,3 +223,9 @@ def test_messages_as_lists_or_json_text(tokenizer):
         tokenize_documents(Dataset.from_dict({"messages": [messages[:1]]}), chatty)
     with pytest.raises(DataError, match="document 0: message 0 of 'messages' has no 'role'"):
         tokenize_documents(Dataset.from_dict({"messages": [[{"content": "two"}]]}), chatty)
+
+
+def test_a_function_call_is_named_where_content_is_missing():
+    call = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": "{}"}}
+    with pytest.raises(DataError, match=r"'content' of message 1 .* rename 'function_call' to 'tool_calls'"):
+        check_messages([{"role": "user", "content": "2+2?"}, call], "talk.jsonl:3")

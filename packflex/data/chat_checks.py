@@ -22,6 +22,7 @@ from packflex.data.chat_words import (
     as_string,
     has_thoughts,
     is_text_only,
+    opening,
     other_beginnings,
     part_types,
     raw_types,
@@ -126,14 +127,16 @@ def kind_of(talk: Conversation, at: int) -> tuple[Any, ...]:
     return (
         frozenset((key, type(value)) for key, value in message.items() if value),
         _shape(message.get("content")), bool(words(message.get("content")).strip()), has_thoughts(message),
-        thought_ends(message.get("content")), part_types(message.get("content")),
+        opening(message.get("content")), thought_ends(message.get("content")), part_types(message.get("content")),
         message["role"], min(len(calls), 2), argument_kinds(message), bool(talk.tools),
         *talk.roles[at - 1 : at], ":", *talk.roles[at + 1 : at + 2], ":", talk.roles[-1],
     )  # fmt: skip
 
 
-def _shape(content: Any) -> str:
-    return "text parts" if is_text_only(content) else type(content).__name__
+def _shape(content: Any) -> tuple[str, int]:
+    """Of what type content is, and whether it has several parts: some templates write the first one alone."""
+    parts = min(len(content), 2) if isinstance(content, list) else 0
+    return "text parts" if is_text_only(content) else type(content).__name__, parts
 
 
 def _wrong_content(talk: Conversation, unseen: dict[int, Any], whole: str) -> str:
@@ -162,10 +165,14 @@ def _wrong_calls(talk: Conversation, unseen: dict[int, Any], whole: str) -> str:
     for at in unseen:
         message = talk.messages[at]
         changes = rewordings(message)
-        for what in (NAMES, ARGUMENTS):
-            if what in changes and talk.text_or_none(talk.replaced(at, changes[what])) == whole:
+        texts = {
+            what: talk.text_or_none(talk.replaced(at, changes[what])) for what in (NAMES, ARGUMENTS) if what in changes
+        }
+        for what, text in texts.items():
+            if text == whole:
                 return _lost(talk, at, what)
-        if wrong := wrong_arguments(message, whole):
+        # in the other arguments' text: results of tools may quote these
+        if (text := texts.get(ARGUMENTS)) and (wrong := wrong_arguments(changes[ARGUMENTS], text)):
             return (
                 f"{talk.template_name} writes the 'arguments' of the 'tool_calls' in message {at} ({message['role']}) "
                 f"as {wrong}; give an object, or the JSON text of one"

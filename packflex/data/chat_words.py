@@ -19,7 +19,7 @@ NAMES, ARGUMENTS = "names of its tool calls", "arguments of its tool calls"
 _PROBE = "a"
 _THOUGHT_ENDS = ("</think>", "</thinking>", "</reasoning>", "[/THINK]", "<channel|>", "<|channel|>")
 # What words may begin with that is no word: blank thoughts, and the mark that opens thoughts
-_OPENING = re.compile(r"\s*(?:<(\w+)>\s*</\1>\s*)?(?:<[^<>\s/]+>|\[[A-Z]+\])?\s*")
+_OPENING = re.compile(r"\s*(?:<(\w+)>\s*</\1>\s*)?(<[^<>\s/]+>|\[[A-Z]+\])?\s*")
 
 
 def is_text_only(content: Any) -> bool:
@@ -72,8 +72,10 @@ def is_raw(value: Any, text: str) -> bool:
 
 def argument_kinds(message: Message) -> tuple[str, ...]:
     """What the arguments of a message's tool calls are, each kind once: types, or strings that hold an object."""
-    found = (arguments for call in message.get("tool_calls") or () for arguments in _arguments(call))
-    return tuple(dict.fromkeys("object in a string" if _is_json(each) else type(each).__name__ for each in found))
+    found = [arguments for call in message.get("tool_calls") or () for arguments in _arguments(call)]
+    kinds = ("object in a string" if _is_json(each) else type(each).__name__ for each in found)
+    none = ("none",) if any(each in ({}, "{}", "", None) for each in found) else ()
+    return (*dict.fromkeys(kinds), *none)
 
 
 def with_objects(message: Message) -> Message:
@@ -89,13 +91,12 @@ def with_strings(message: Message) -> Message:
 
 
 def wrong_arguments(message: Message, text: str) -> str:
-    """What is wrong with how arguments stand in `text`: JSON as a string within JSON, objects as Python; or ""."""
-    for call in message.get("tool_calls") or ():
-        for given in _arguments(call):
-            if _is_json(given) and (json.dumps(given) in text or json.dumps(given, ensure_ascii=False) in text):
-                return "a string within JSON"
-            if isinstance(given, dict) and given and str(given) in text and str(given) != json.dumps(given):
-                return "a Python object"
+    """What is wrong with how the last call's arguments stand in `text`: JSON within JSON, objects as Python; or ""."""
+    for given in _arguments(message["tool_calls"][-1]):
+        if _is_json(given) and (json.dumps(given) in text or json.dumps(given, ensure_ascii=False) in text):
+            return "a string within JSON"
+        if isinstance(given, dict) and given and str(given) in text and str(given) != json.dumps(given):
+            return "a Python object"
     return ""
 
 
@@ -149,6 +150,17 @@ def other_beginnings(message: Message) -> list[Message]:
             other = {**part, **changed} if isinstance(part, dict) else _begun(part)
             found.append({**message, "content": [*parts[:at], other, *parts[at + 1 :]]})
     return found
+
+
+def opening(content: Any) -> tuple[str | None, str | None]:
+    """What stands before a message's first word: the name of blank thoughts, and the mark that opens thoughts.
+
+    Example:
+        >>> opening("<think>\\n\\n</think>4"), opening("<think>2+2</think>4")
+        (('think', None), (None, '<think>'))
+    """
+    found = _OPENING.match(words(content))
+    return (found[1], found[2]) if found else (None, None)
 
 
 def thought_ends(content: Any) -> tuple[str, ...]:

@@ -285,3 +285,44 @@ def test_parallel_calls_of_which_the_first_is_written(plain):
         encode(plain, TOOLS, [ASKED, calling({"a": 2}, {"a": 3})])
     with pytest.raises(DataError, match="does not write the names of these 'tool_calls'"):
         encode(plain, CHATML, [ASKED, calling({"a": 2}, {"a": 3}, content="let me see")])
+
+
+def encoder(plain, template):
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = template
+    return ChatEncoder(TextEncoder(tokenizer))
+
+
+def test_blank_thoughts_do_not_stand_for_others(plain):
+    """A template that cuts thoughts out of the words loses those that are not blank, whatever came before."""
+    chat = encoder(plain, CHATML.replace("m.content", "m.content.split('</think>')[-1] | trim"))
+    said = [[ASKED, {"role": "assistant", "content": f"<think>\n{x}\n</think>\n\nfour"}] for x in ("", "two and two")]
+    assert spoken(plain, chat.encode(said[0])[1]) == ["four<|eos|>"]
+    for _ in range(2):
+        with pytest.raises(DataError, match="does not write the beginning of 'content' of message 1"):
+            chat.encode(said[1])
+
+
+def test_one_part_does_not_stand_for_two(plain):
+    chat = encoder(plain, CHATML.replace("m.content", "(m.content[0].text if m.content is not string else '')"))
+    one, two = ([{"type": "text", "text": x} for x in said] for said in (["four"], ["six, ", "I think"]))
+    assert spoken(plain, chat.encode([ASKED, {"role": "assistant", "content": one}])[1]) == ["four<|eos|>"]
+    with pytest.raises(DataError, match="does not write 'content' of message"):
+        chat.encode([ASKED, {"role": "assistant", "content": two}])
+
+
+@pytest.mark.parametrize("arguments", [{"a": "two"}, '{"a": "two"}'])
+@pytest.mark.parametrize("quoting", [{"a": "two"}, '{"a": "two"}'])
+def test_results_of_tools_may_quote_the_arguments(plain, arguments, quoting):
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    talk = [
+        ASKED, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": f"got {quoting!r}: four"}, FOUR,
+    ]  # fmt: skip
+    assert spoken(plain, encode(plain, TOOLS, talk)[1])[-1] == "four<|eos|>"
+    raw = TOOLS.replace(" | tojson", "")
+    kept = encoder(plain, raw)
+    if isinstance(arguments, dict):
+        kept.encode(
+            [ASKED, {"role": "assistant", "tool_calls": [{**call, "function": {"name": "add", "arguments": {}}}]}]
+        )
+    assert '{"a": "two"}' in spoken(plain, kept.encode(talk)[1])[0]

@@ -122,7 +122,10 @@ def _changed(talk: Conversation, turn: int, text: str, spans: list[Span]) -> ran
     words = _cut(text, spans)
     found: list[range] = []
     refused: DataError | None = None
-    for other in rewordings(message).values() or (with_more_words(message),):
+    changes = [*rewordings(message).values()]
+    for at, other in enumerate([*changes, with_more_words(message)]):
+        if at == len(changes) and found:  # words are added where thoughts alone change nothing, in an earlier turn
+            break
         try:
             now = _cut(*talk.marked_text(talk.replaced(turn, other)))
         except DataError as error:

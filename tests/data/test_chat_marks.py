@@ -173,3 +173,14 @@ def test_without_the_role_of_the_assistant_there_is_no_last_turn(plain):
     talk = [ASKED, {"role": "model", "content": "four"}]
     assert learned(plain, template, *talk) == ["four<|eos|>"]
     assert learned(plain, template, *talk, turns="last") == []
+
+
+def test_thoughts_alone_in_an_earlier_turn_of_a_template_that_leaves_them_out(plain):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}"
+        "{% if loop.last and m.reasoning_content %}{{ m.reasoning_content }};{% endif %}{{ m.content }}{{ eos_token }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    talk = [ASKED, says("four"), ASKED, says("", reasoning_content="two and two"), ASKED, says("six")]
+    assert learned(plain, template, *talk, turns="last") == ["six<|eos|>"]
+    assert learned(plain, template, *talk) == ["four<|eos|>", "six<|eos|>"]

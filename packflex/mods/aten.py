@@ -15,7 +15,6 @@ from packflex.mods.nodes import Builder, Node
 aten = torch.ops.aten
 BOOL, FLOAT = torch.bool, torch.float32
 _DEFAULT = ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT
-_INT_TO_FLOAT = ELEMENTWISE_TYPE_PROMOTION_KIND.INT_TO_FLOAT
 
 # What changes neither value nor type
 IDENTITIES = {

@@ -7,6 +7,7 @@ into place, so a folder of that name is whole; what is not is refused when it is
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -325,6 +326,11 @@ def load_packed(
 
     folder = Path(path).expanduser()
     manifest = read_manifest(folder)
+    if manifest.file_format == "parquet" and "::" in str(folder):
+        raise DataError(
+            f"{folder}: `datasets` takes '::' in the name of a Parquet file for an archive; rename the folder, or pack "
+            "with --file-format arrow"
+        )
     if tokenizer is not None and tokenizer_fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
         raise DataError(
             f"{folder}: packed with the tokenizer {manifest.tokenizer}, and {tokenizer_name(tokenizer)} gives other "
@@ -337,7 +343,7 @@ def load_packed(
         if manifest.file_format == "arrow":
             dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(shard) for shard in shards])
         else:
-            dataset = datasets.Dataset.from_parquet(shards)
+            dataset = datasets.Dataset.from_parquet([glob.escape(shard) for shard in shards])  # it takes patterns
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         with room_needed(
             Path(datasets.config.HF_DATASETS_CACHE),

@@ -68,6 +68,36 @@ def test_what_is_written_is_read(tmp_path, tokenizer, monkeypatch, file_format, 
     assert [*sorted(manifest.files), "manifest.json"] == sorted(os.listdir(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("file_format", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("name", "sibling"),
+    [
+        ("run[12]", "run1"),
+        ("run*", "run1"),
+        ("run?", "run1"),
+        ("a [b]", "a b"),
+        ("[!a]", "b"),
+        ("{a,b}", "a"),
+        ("**", "a"),
+        ("a b", "a"),
+        (".a", "a"),
+        ("100%[", "100"),
+    ],
+)
+def test_a_folder_named_like_a_pattern_is_read_and_no_other(tmp_path, tokenizer, name, sibling, file_format):
+    write_rows(tmp_path / sibling / "out", tokenizer, rows=ROWS[5:], file_format=file_format)
+    write_rows(tmp_path / name / "out", tokenizer, rows=ROWS[:35], file_format=file_format)
+    assert load_packed(tmp_path / name / "out", tokenizer).dataset.to_list() == ROWS[:35]
+
+
+def test_a_folder_that_would_be_taken_for_an_archive(tmp_path, tokenizer):
+    write_rows(tmp_path / "a::b", tokenizer)
+    with pytest.raises(DataError, match=r"a::b: `datasets` takes '::' .*; rename the folder, or pack with --file-form"):
+        load_packed(tmp_path / "a::b")
+    write_rows(tmp_path / "c::d", tokenizer, file_format="arrow")
+    assert load_packed(tmp_path / "c::d").dataset.to_list() == ROWS
+
+
 def test_manifest_says_how_it_was_made(tmp_path, tokenizer):
     manifest = asdict(write_rows(tmp_path / "deep" / "out", tokenizer))
     assert manifest.pop("files").keys() == {"data-00000-of-00001.parquet"}

@@ -18,7 +18,7 @@ from packflex.packing.length_set import LengthSet
 from packflex.packing.plan import PackingPlan
 
 OVERFLOWS = ("split", "truncate", "drop", "error")
-_INT32_MAX = 2**31 - 1
+_INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1
 MOST_TOKENS = 1 << 24  # of a row: what attention's kernels count exactly in float32, and a table of lengths holds
 _GIVE_WAY = 4  # lengths that may be put back to end a row exactly
 
@@ -73,14 +73,15 @@ def best_fit_patterns(counts: Any, seq_len: int) -> tuple[list[np.ndarray], np.n
         The lengths of each pattern's row, longest first, and int64 [patterns] repeats.
 
     Raises:
-        ValueError: counts of another size, negative ones, or pieces of length 0.
+        ValueError: counts of another size, negative ones or none that are integers, or pieces of length 0.
 
     Example: rows of 10 for one document of 6 and two of 5. Nothing goes with the 6, which gives way to the 5s.
         >>> patterns, repeats = best_fit_patterns([0, 0, 0, 0, 0, 2, 1, 0, 0, 0, 0], 10)
         >>> [pattern.tolist() for pattern in patterns], repeats.tolist()
         ([[5, 5], [6]], [1, 1])
     """
-    left = np.asarray(counts).tolist()
+    _require_row_length(seq_len)
+    left = _integers(counts)
     if len(left) != seq_len + 1 or left[0]:
         raise ValueError(
             f"counts must be {seq_len + 1} integers, none of length 0; got {len(left)}, {left[0]} of length 0"
@@ -102,6 +103,19 @@ def best_fit_patterns(counts: Any, seq_len: int) -> tuple[list[np.ndarray], np.n
         rows.append(np.repeat(lengths, [pattern[length] for length in lengths]).astype(np.int64))
         repeats.append(repeat)
     return rows, np.array(repeats, dtype=np.int64)
+
+
+def _integers(counts: Any) -> list[int]:
+    table = np.asarray(counts)
+    if table.ndim != 1:
+        raise ValueError(f"counts must be a one-dimensional array of integers; got the shape {table.shape}")
+    values = table.tolist()
+    if not np.issubdtype(table.dtype, np.integer) or max(values, default=0) > _INT64_MAX:
+        whole = [isinstance(n, int | float) and n == n // 1 and abs(n) <= _INT64_MAX for n in values]
+        at = whole.index(False) if False in whole else 0
+        shown = f"{values[at]!r} of length {at}" if values else "none"
+        raise ValueError(f"counts must be integers of at most 64 bits; got {shown} ({table.dtype})")
+    return values
 
 
 def _fill_row(present: LengthSet, left: list[int]) -> dict[int, int]:
@@ -200,10 +214,7 @@ class _Pieces:
         raw = np.asarray(lengths)
         if raw.ndim != 1 or (raw.size and not np.issubdtype(raw.dtype, np.integer)):
             raise ValueError(f"lengths must be a one-dimensional array of integers; got {raw.dtype} {raw.shape}")
-        if seq_len < 1:
-            raise ValueError(f"seq_len must be at least 1; got {seq_len}")
-        if seq_len > MOST_TOKENS:
-            raise ValueError(f"seq_len must be at most {MOST_TOKENS} tokens; got {seq_len}")
+        _require_row_length(seq_len)
         if overflow not in OVERFLOWS:
             raise ValueError(f"overflow must be one of {', '.join(OVERFLOWS)}; got {overflow!r}")
         if raw.size and int(raw.max()) > _INT32_MAX:
@@ -276,6 +287,15 @@ class _Pieces:
             self.seq_len, strategy, self.overflow, seed, self.num_documents,
             self.num_split, self.num_truncated, self.truncated_tokens, self.num_dropped, self.dropped_tokens,
         )  # fmt: skip
+
+
+def _require_row_length(seq_len: int) -> None:
+    if not isinstance(seq_len, (int, np.integer)):
+        raise ValueError(f"seq_len must be an integer; got {seq_len!r}")
+    if seq_len < 1:
+        raise ValueError(f"seq_len must be at least 1; got {seq_len}")
+    if seq_len > MOST_TOKENS:
+        raise ValueError(f"seq_len must be at most {MOST_TOKENS} tokens; got {seq_len}")
 
 
 def _generator(seed: int, stream: int = 0) -> np.random.Generator:

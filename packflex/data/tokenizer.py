@@ -121,8 +121,8 @@ def load_tokenizer(
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of what decides token ids: vocabulary, merges, normalisation and special tokens; not the chat template.
 
-    Two tokenizers with the same fingerprint give the same ids for the same text. The name and folder are not in it,
-    nor are padding and truncation, which calls change on the fly.
+    Two tokenizers with the same fingerprint give the same ids for the same text: whether special tokens in it are split
+    counts too. The name and folder are not in it, nor are padding and truncation, which calls change on the fly.
 
     Returns:
         64 hexadecimal digits (SHA-256).
@@ -132,6 +132,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         content: dict[str, Any] = json.loads(backend.to_str())
         content.pop("truncation", None)
         content.pop("padding", None)
+        if tokenizer.split_special_tokens:  # added where it is true, so that the fingerprints of others stay
+            content["split_special_tokens"] = True
     else:
         content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), **_slow_content(tokenizer)}
     content["special_tokens"] = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}

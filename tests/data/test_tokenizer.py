@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 
@@ -87,6 +88,21 @@ def test_fingerprint_changes_with_vocabulary_and_special_tokens_only(tokenizer, 
     same.add_special_tokens({"eos_token": "<|end|>"})
     assert tokenizer_fingerprint(same) != print_of
     assert tokenizer_fingerprint(train_tokenizer(TEXTS, 280, cache)) != print_of
+
+
+def test_a_tokenizer_that_splits_special_tokens_is_another(tmp_path, tokenizer):
+    """The library's file does not say it, and it gives other ids for the same text."""
+    tokenizer.save_pretrained(tmp_path)
+    same = load_tokenizer(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "split_special_tokens": True}))
+    splitting = load_tokenizer(tmp_path)
+    assert same("a<|eos|>")["input_ids"] != splitting("a<|eos|>")["input_ids"]
+    assert tokenizer_fingerprint(same) == tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(splitting)
+    content = json.loads(same.backend_tokenizer.to_str()) | {"special_tokens": same.special_tokens_map}
+    content = {name: value for name, value in content.items() if name not in ("truncation", "padding")}
+    as_before = hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    assert tokenizer_fingerprint(same) == as_before, "packed data sets of other tokenizers would not load any more"
 
 
 def test_chat_template_fingerprint(tokenizer, cache):

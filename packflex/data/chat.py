@@ -53,7 +53,9 @@ class ChatEncoder:
                 f"tokenizer {tokenizer_name(self.tokenizer)} has no chat template, and conversations need one; give a "
                 "Jinja file (chat_template=, --chat-template FILE), or an instruct model's tokenizer"
             )
-        self._special = frozenset(self.tokenizer.all_special_ids)
+        # some tokenizers name only a few of their special tokens, and not the end of a turn
+        added = (token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        self._special = frozenset((*self.tokenizer.all_special_ids, *added))
         self._written = WrittenWords()
         self._marked = MarkedTurns()
         self._unmarked = UnmarkedTurns(self.tokenizer)

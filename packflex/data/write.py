@@ -37,7 +37,7 @@ MANIFEST_NAME = "manifest.json"
 # Raise it when an older reader would misread what is written.
 MANIFEST_VERSION = 2
 # Raise it when the same documents and options give other rows: it is part of every fingerprint.
-ROWS_SCHEMA_VERSION = 3
+ROWS_SCHEMA_VERSION = 4
 _COLUMNS = ("input_ids", "labels", "lengths")
 _SHARD_BYTES = 512 * 2**20  # of Arrow memory
 _ROWS_AT_ONCE = 256

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+from tokenizers import AddedToken
 
 from packflex.data.chat import ChatEncoder
 from packflex.data.encoding import TextEncoder
@@ -155,3 +156,16 @@ def test_a_header_that_all_messages_share_is_no_end(chatml):
     )
     with pytest.raises(DataError, match="writes no end of the assistant's turns"):
         encode(chatml, template, [ASKED, FOUR])
+
+
+def test_the_line_after_an_end_mark_that_the_tokenizer_does_not_name(plain):
+    """It is a special token all the same, and what a template writes after it is no word of the assistant's."""
+    tokenizer = copy.deepcopy(plain)
+    ends = [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)]
+    tokenizer.add_tokens([*ends, AddedToken("<|note|>", special=False)])
+    assert "<|im_end|>" not in tokenizer.all_special_tokens
+    template = BARE.replace("{{ eos_token }}", "<|im_end|>")
+    assert learned(tokenizer, template, ASKED, FOUR, ASKED, SIX) == ["four<|im_end|>", "six<|im_end|>"]
+    ended_by_a_line = BARE.replace("{{ eos_token }}", "")
+    thought = {"role": "assistant", "content": "four<|note|>"}
+    assert learned(tokenizer, ended_by_a_line, ASKED, thought) == ["four<|note|>\n"], "the line is the end here"

@@ -149,7 +149,7 @@ def pack(
         ),
     ],
     tokenizer: Annotated[str, typer.Option(metavar="DIR_OR_ID", help="Tokenizer: a folder or a hub id.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist.")],
+    output: Annotated[str, typer.Option(metavar="DIR", help="Folder to write; must not exist.")],
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 8192,
     strategy: Annotated[Strategy, typer.Option(help="How documents share rows.")] = Strategy.best_fit,
     overflow: Annotated[Overflow, typer.Option(help="What to do with documents longer than a row.")] = Overflow.split,

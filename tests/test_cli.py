@@ -408,6 +408,19 @@ def test_pack_errors_name_file_line_and_remedy(run, tmp_path, tokenizer):
     fails(pack(run, bad, tokenizer, out, "--overwrite"), r"out: is there and is no packed data set")
 
 
+def test_pack_refuses_empty_names(run, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = jsonl(tmp_path / "a.jsonl", [{"text": "two plus two"}])
+    fails(pack(run, "", tokenizer, "out"), "the name of an input is empty; give a file, a folder or a glob")
+    for output in ("", " ", ".", "..", "/", "out/.."):
+        for more in ([], ["--overwrite"]):
+            fails(
+                pack(run, source, tokenizer, output, *more), "the output '.*' is no name of a folder to make; give one"
+            )
+    fails(pack(run, source, "", "out"), "the tokenizer's name is empty; give a folder with tokenizer.json or a")
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.jsonl", "hf"}
+
+
 def test_pack_is_deterministic_for_a_seed(run, tmp_path, tokenizer):
     source = jsonl(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS])
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packflex.data.errors import DataError
+from packflex.data.readers import named
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,7 +58,7 @@ def _files(path: str | Sequence[str] | None) -> Iterator[Path]:
         yield from modules[:_MOST_MODULES]
         return
     for entry in [path] if isinstance(path, str) else path:
-        found = Path(entry).expanduser()
+        found = Path(named(entry)).expanduser()
         if found.is_dir():
             inside = sorted(file for file in found.rglob("*") if file.suffix in SUFFIXES and file.is_file())
             if not inside:

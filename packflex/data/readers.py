@@ -17,12 +17,15 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from packflex.data.errors import DataError, one_line
 from packflex.data.records import Record, without_nulls
+from packflex.data.write import is_packed
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
 _ROWS_AT_ONCE = 1000
+_NO_DATA = ("dataset_infos.json",)  # what the hub says of a data set
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 _UTF8_BOM = b"\xef\xbb\xbf"
 _STREAM_END, _OLD_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0"  # of an Arrow stream; before Arrow 0.15
 
@@ -34,17 +37,77 @@ def find_files(path: str | Path | Sequence[str | Path], suffixes: tuple[str, ...
     folder made by `save_to_disk` is kept as it is.
 
     Raises:
-        DataError: a path without a file.
+        DataError: a path without a file or without a name, and what `files_in` raises.
     """
     entries = [path] if isinstance(path, (str, Path)) else list(path)
     if not entries:
         raise DataError("the list of input paths is empty; give at least one file")
-    return [file for entry in entries for file in _expand(str(entry), suffixes)]
+    return [file for entry in entries for file in _expand(named(str(entry)), suffixes)]
 
 
-def has_suffix(folder: Path, suffixes: tuple[str, ...]) -> bool:
-    """Whether a folder holds a file with one of the suffixes."""
-    return any(file.name.endswith(suffixes) for file in folder.iterdir() if file.is_file())
+def named(entry: str) -> str:
+    """The name of an input as it is, for without one the current folder would be read.
+
+    Raises:
+        DataError: a name that is empty or blank.
+    """
+    if not entry.strip():
+        raise DataError(f"the name of an input is {'blank' if entry else 'empty'}; give a file, a folder or a glob")
+    return entry
+
+
+def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files in a folder, not below it, with one of the suffixes, in order. Files of other kinds are passed over.
+
+    Raises:
+        DataError: where a part of the data would be read, or none is meant: compressed files or names in capitals that
+            are not read beside others, .json files beside JSON Lines, a packed data set.
+    """
+    if is_packed(folder):
+        raise DataError(
+            f"{folder}: holds a packed data set, which is not packed again; train on it (data=packed "
+            f"data.path={folder}), or give the documents that it was made from"
+        )
+    files = sorted(file for file in folder.iterdir() if _is_file(file) and file.name not in _NO_DATA)
+    found = [file for file in files if file.name.endswith(suffixes)]
+    for file in files:
+        name = file.name.lower()
+        for ending in _COMPRESSED:
+            name = name.removesuffix(ending)
+        if file not in found and name.endswith(suffixes):
+            raise DataError(f"{unknown_kind(file)}; unpack or rename it{_by_pattern(folder, found)}")
+    objects = [file for file in found if file.name.endswith(".json")]
+    if 0 < len(objects) < len(found):
+        raise several_kinds(folder, found)
+    return found
+
+
+def unknown_kind(file: str | Path) -> str:
+    """What to say of a file whose name tells no kind."""
+    return f"{file}: unknown kind of file; expected .jsonl, .jsonl.gz, .parquet or .arrow"
+
+
+def several_kinds(folder: Path, files: list[Path]) -> DataError:
+    """What to say of a folder whose files are of several kinds, of which one would be taken."""
+    first = {file.suffix: file.name for file in reversed(files)}
+    return DataError(
+        f"{folder}: holds files of several kinds ({', '.join(sorted(first.values()))}), and one kind is read at a "
+        f"time; name the files{_by_pattern(folder, files)}"
+    )
+
+
+def _by_pattern(folder: Path, files: list[Path]) -> str:
+    """How to choose some files of a folder: those like the largest, and .json files, which may be notes, last."""
+    if not files:
+        return ""
+    chosen = max(files, key=lambda file: (file.suffix != ".json", file.lstat().st_size))
+    suffix = ".jsonl.gz" if chosen.name.endswith(".jsonl.gz") else chosen.suffix
+    return f", or choose by a pattern such as '{glob.escape(str(folder))}/*{suffix}'"
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path is a file, or a link to one that is gone, which is refused when it is read and not passed over."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -57,12 +120,12 @@ def _expand(entry: str, suffixes: tuple[str, ...]) -> list[Path]:
     if path.is_file() or is_saved_dataset(path):
         return [path]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(suffixes))
+        files = files_in(path, suffixes)
         if not files:
             raise DataError(f"{entry}: the folder holds no file ending in {' or '.join(suffixes)}; check the path")
         return files
     if any(mark in entry for mark in "*?["):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if _is_file(Path(name)))
         if not found:
             raise DataError(f"{entry}: no file matches this pattern; check it (quote it so that the shell leaves it)")
         return found

@@ -25,13 +25,16 @@ from packflex.data.errors import DataError
 from packflex.data.ids import hash_of_id
 from packflex.data.readers import (
     Record,
+    files_in,
     find_files,
-    has_suffix,
     is_saved_dataset,
+    named,
     read_arrow,
     read_hub,
     read_jsonl,
     read_parquet,
+    several_kinds,
+    unknown_kind,
 )
 from packflex.data.records import Fields, Format, detect_format, normalise
 from packflex.data.stdlib_corpus import Split, StdlibCorpus, read_stdlib
@@ -80,7 +83,8 @@ def load_documents(
         kind: "stdlib" (the interpreter's own library), "jsonl", "parquet", "arrow" (an Arrow file or a folder made by
             `save_to_disk`), "hub" (`path` is a data set id), "gsm8k" (`path` is a JSON Lines file with question and
             answer; the hub without it), "chat" (JSON Lines, Parquet or Arrow with a list of messages).
-        path: a file, a folder, a glob, or a list of them; files are read in sorted order for a folder or a glob.
+        path: a file, a folder, a glob, or a list of them; files are read in sorted order for a folder or a glob. Of a
+            folder's files those of the kind are read, and not those of folders below it.
         format: "text", "prompt" (prompt and completion), "messages", or "auto": by the fields of the first record,
             messages before prompt and completion before text.
         text_field, prompt_field, completion_field, messages_field, tools_field: what the fields are called in the
@@ -257,7 +261,8 @@ def guess_kind(path: Paths | None) -> Kind:
     """Kind of a path by its suffix: "jsonl", "parquet" or "arrow"; "stdlib" by that name; else "hub" for an id.
 
     Raises:
-        DataError: paths of several kinds, a suffix that is not known, or a path that does not exist.
+        DataError: paths or folders of several kinds, a suffix that is not known, a packed data set, or a path that
+            does not exist or has no name.
 
     Example:
         >>> guess_kind("train.jsonl"), guess_kind("openai/gsm8k")
@@ -278,24 +283,33 @@ def guess_kind(path: Paths | None) -> Kind:
 def _guess_one(entry: str) -> Kind:
     if entry == "stdlib":
         return "stdlib"
-    for kind, suffixes in _SUFFIXES.items():
-        if entry.endswith(suffixes):
-            return kind  # type: ignore[return-value]
-    path = Path(entry).expanduser()
+    path = Path(named(entry)).expanduser()
     if is_saved_dataset(path):
         return "arrow"
     if path.is_dir():
-        for kind, suffixes in _SUFFIXES.items():
-            if has_suffix(path, suffixes):
-                return kind  # type: ignore[return-value]
-        raise DataError(f"{entry}: the folder holds no .jsonl, .parquet or .arrow file")
+        return _kind_in(path)
+    for kind, suffixes in _SUFFIXES.items():
+        if entry.endswith(suffixes):
+            return kind  # type: ignore[return-value]
     if path.exists():
-        raise DataError(f"{entry}: unknown kind of file; expected .jsonl, .jsonl.gz, .parquet or .arrow")
+        raise DataError(unknown_kind(entry))
+    if any(mark in entry for mark in "*?["):
+        raise DataError(f"{entry}: the pattern tells no kind of file; let it end in .jsonl, .parquet or .arrow")
     # Hub ids are "name" or "owner/name"; a single name that ends like a file's is a file that is not there.
     is_file_name = "/" not in entry and path.suffix[1:].isalpha()
-    if entry.count("/") > 1 or entry.startswith((".", "/", "~")) or any(c in entry for c in "*?[\\") or is_file_name:
+    if entry.count("/") > 1 or entry.startswith((".", "/", "~")) or "\\" in entry or is_file_name:
         raise DataError(f"{entry}: no such file or folder; check the path")
     return "hub"
+
+
+def _kind_in(folder: Path) -> Kind:
+    found = {kind: files for kind, suffixes in _SUFFIXES.items() if (files := files_in(folder, suffixes))}
+    if not found:
+        raise DataError(f"{folder}: the folder holds no .jsonl, .parquet or .arrow file")
+    if len(found) > 1:
+        raise several_kinds(folder, [file for files in found.values() for file in files])
+    (kind,) = found
+    return kind  # type: ignore[return-value]
 
 
 def _jsonl(file: Path, _fields: Fields) -> Iterator[Record]:

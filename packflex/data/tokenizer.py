@@ -90,6 +90,8 @@ def load_tokenizer(
     import transformers
 
     name = str(path_or_id)
+    if not name.strip():
+        raise DataError("the tokenizer's name is empty; give a folder with tokenizer.json or a Hugging Face id")
     if _looks_local(name) and not Path(name).is_dir():
         kind = "is a file" if Path(name).is_file() else "does not exist"
         raise DataError(

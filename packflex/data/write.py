@@ -209,9 +209,10 @@ def check_output(output: str | Path, overwrite: bool = False) -> None:
     """Refuse a folder that `write_packed` would refuse, before the work that comes first.
 
     Raises:
-        DataError: a folder that is there already, unless it is a packed data set and may be replaced.
+        DataError: a folder that is there already, unless it is a packed data set and may be replaced; and what
+            `output_folder` raises.
     """
-    folder = Path(output).expanduser()
+    folder = _named(output)
     if not folder.exists():
         if folder.is_symlink():
             raise DataError(
@@ -278,6 +279,15 @@ def read_manifest(path: str | Path) -> PackedManifest:
                 "pack it again"
             )
     return manifest
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds a packed data set, whole or not."""
+    try:
+        content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "manifest_version" in content
 
 
 def _is_of(value: Any, kind: str) -> bool:
@@ -450,12 +460,23 @@ def pack_fingerprint(
 
 
 def output_folder(output: str | Path) -> Path:
-    """The folder that `output` names; where that is a link to one, what it links to, which is then replaced."""
-    folder = Path(output).expanduser()
+    """The folder that `output` names; where that is a link to one, what it links to, which is then replaced.
+
+    Raises:
+        DataError: no name of a folder: an empty or blank one, or the current folder, the one above it or the root.
+    """
+    folder = _named(output)
     if not folder.is_symlink():
         return folder
     linked = folder.resolve()
     return linked if linked.exists() or is_replacing(work_folder(linked)) else folder
+
+
+def _named(output: str | Path) -> Path:
+    folder = Path(output).expanduser()
+    if not str(output).strip() or folder.name in ("", ".."):
+        raise DataError(f"the output {str(output)!r} is no name of a folder to make; give one (--output DIR)")
+    return folder
 
 
 def work_folder(folder: Path) -> Path:

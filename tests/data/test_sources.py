@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from datasets import Dataset, DatasetDict, disable_progress_bars
 
 from packflex.data import sources
 from packflex.data.errors import DataError
+from packflex.data.raw_text import load_texts
 from packflex.data.sources import guess_kind, load_documents, read_documents
 from packflex.data.stdlib_corpus import read_stdlib
 
@@ -303,6 +305,115 @@ def test_kinds_are_guessed_from_paths(tmp_path):
         guess_kind(["a.jsonl", "b.parquet"])
     with pytest.raises(DataError, match=r"\./nowhere: no such file or folder"):
         guess_kind("./nowhere")
+
+
+def folder_of(path, *names):
+    """A folder of files with a document each, as their names say; of other names, with a word."""
+    path.mkdir()
+    for name in names:
+        file = path / name
+        if name.endswith(".parquet"):
+            pq.write_table(pa.table({"text": [name]}), file)
+        elif name.endswith(".gz"):
+            file.write_bytes(gzip.compress(json.dumps({"text": name}).encode()))
+        else:
+            file.write_text(json.dumps({"text": name}) if "json" in name.lower() else "word")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "shown", "pattern"),
+    [
+        (("a.jsonl", "b.parquet"), "a.jsonl, b.parquet", "*.parquet"),
+        (("meta.json", "b.parquet"), "b.parquet, meta.json", "*.parquet"),
+        (("a.jsonl", "b.jsonl", "meta.json", "README.md"), "a.jsonl, meta.json", "*.jsonl"),
+        (("a.jsonl.gz", "meta.json"), "a.jsonl.gz, meta.json", "*.jsonl.gz"),
+    ],
+)
+@pytest.mark.parametrize("folder", ["data", "data[1]", "data.jsonl"])
+def test_a_folder_of_several_kinds_is_refused_with_a_pattern_that_reads_one(tmp_path, names, shown, pattern, folder):
+    folder = folder_of(tmp_path / folder, *names)
+    with pytest.raises(
+        DataError, match=re.escape(f"several kinds ({shown}), and one kind is read at a time")
+    ) as caught:
+        guess_kind(folder)
+    with pytest.raises(DataError, match="several kinds"):
+        load_documents("chat", folder)
+    chosen = re.search("pattern such as '(.*)'", str(caught.value))[1]
+    assert chosen.endswith(pattern)
+    texts = load_documents(guess_kind(chosen), chosen)["text"][:]
+    assert texts == [name for name in sorted(names) if name.endswith(pattern[1:])]
+
+
+def test_a_kind_that_is_named_chooses_its_files(tmp_path):
+    folder = folder_of(tmp_path / "data", "meta.json", "b.parquet")
+    assert load_documents("parquet", folder)["text"][:] == ["b.parquet"]
+    (folder / "c.jsonl").write_text('{"text": "c"}')
+    with pytest.raises(DataError, match=r"several kinds \(c\.jsonl, meta\.json\)"):
+        load_documents("jsonl", folder)
+
+
+@pytest.mark.parametrize("name", ["b.json.gz", "b.JSONL", "b.jsonl.zst", "b.parquet.gz", "b.Parquet", "b.ndjson.xz"])
+def test_files_that_are_not_read_alone_are_not_passed_over_beside_others(tmp_path, name):
+    for other in ([], ["a.jsonl"]):
+        folder = folder_of(tmp_path / f"data{len(other)}", *other, name)
+        for path in (folder, folder / name):
+            with pytest.raises(DataError, match=rf"{re.escape(name)}: unknown kind of file; expected \.jsonl"):
+                guess_kind(path)
+    if "parquet" not in name.lower():
+        with pytest.raises(
+            DataError, match=r"unpack or rename it, or choose by a pattern such as '.*/data1/\*\.jsonl'"
+        ):
+            load_documents("jsonl", folder)
+
+
+def test_what_lies_beside_data_is_passed_over(tmp_path):
+    beside = ["README.md", "README.txt", "LICENSE.txt", ".gitattributes", "dataset_infos.json", "_SUCCESS", "a.csv"]
+    for kind, name in (("jsonl", "a.jsonl"), ("parquet", "a.parquet")):
+        folder = folder_of(tmp_path / kind, name, *beside)
+        (folder / "below").mkdir()
+        assert guess_kind(folder) == kind
+        assert load_documents(kind, folder)["text"][:] == [name]
+    with pytest.raises(DataError, match=r"the folder holds no \.jsonl, \.parquet or \.arrow file"):
+        guess_kind(folder_of(tmp_path / "none", *beside))
+
+
+@pytest.mark.parametrize("name", ["data-00000-of-00001.parquet", "data-00000-of-00001.arrow"])
+def test_a_packed_data_set_is_no_input(tmp_path, name):
+    folder = folder_of(tmp_path / "packed", name)
+    (folder / "manifest.json").write_text('{"manifest_version": 2}')
+    for read in (guess_kind, lambda path: load_documents(name.rpartition(".")[2], path)):
+        with pytest.raises(
+            DataError, match=r"packed: holds a packed data set, .*data=packed data\.path=.*, or give the"
+        ):
+            read(folder)
+    (folder / "manifest.json").write_text('{"text": "of something else"}')
+    with pytest.raises(DataError, match=r"several kinds|no file ending in"):
+        guess_kind(folder)
+
+
+@pytest.mark.parametrize("entry", ["", " ", "\n"])
+def test_an_input_without_a_name_is_not_the_current_folder(tmp_path, monkeypatch, entry):
+    monkeypatch.chdir(folder_of(tmp_path / "here", "a.jsonl", "a.txt"))
+    shown = "blank" if entry else "empty"
+    for read in (guess_kind, partial(load_documents, "jsonl"), partial(load_documents, "chat"), load_texts):
+        for path in (entry, ["a.jsonl", entry]):
+            with pytest.raises(DataError, match=f"the name of an input is {shown}; give a file, a folder or a glob"):
+                read(path)
+
+
+def test_a_link_to_a_file_that_is_gone_is_not_passed_over(tmp_path):
+    folder = folder_of(tmp_path / "data", "a.jsonl")
+    (folder / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    for path in (folder, str(folder / "*.jsonl")):
+        with pytest.raises(DataError, match=r"b\.jsonl: cannot be read \(.*No such file"):
+            load_documents("jsonl", path)
+
+
+def test_a_pattern_that_tells_no_kind(tmp_path):
+    folder = folder_of(tmp_path / "data", "a.jsonl")
+    with pytest.raises(DataError, match=r"\*: the pattern tells no kind of file; let it end in \.jsonl"):
+        guess_kind(str(folder / "*"))
 
 
 def test_hub_that_cannot_be_reached_gives_one_line():

@@ -158,6 +158,14 @@ def test_existing_folders_are_replaced_only_on_request_and_only_packed_ones(tmp_
         write_rows(tmp_path / "precious", tokenizer, overwrite=True)
 
 
+@pytest.mark.parametrize("output", ["", " ", ".", "..", "/"])
+def test_an_output_without_a_name(tmp_path, tokenizer, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"the output '{output}' is no name of a folder to make; give one"):
+        write_rows(output, tokenizer, overwrite=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_incomplete_and_damaged_data_sets_are_refused(tmp_path, tokenizer):
     out = tmp_path / "out"
     with pytest.raises(DataError, match="out: no such folder"):

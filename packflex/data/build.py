@@ -30,7 +30,7 @@ import numpy as np
 from packflex.data.chat import Turns
 from packflex.data.engines import Counts, Engine, LocalEngine
 from packflex.data.errors import DataError, one_line, too_long_message
-from packflex.data.files import only_writer, save_array, sha256_of, written_whole
+from packflex.data.files import only_writer, room_needed, save_array, sha256_of, written_whole
 from packflex.data.labels import IGNORED
 from packflex.data.sources import table_of
 from packflex.data.supervision import cut_bare_message, documents_cut_bare, supervised_in_pieces
@@ -342,7 +342,8 @@ class _Run:
         self, plan: PackingPlan, fingerprint: str, file_format: FileFormat
     ) -> tuple[dict[str, int], dict[str, str], Counts]:
         """Write the shards that are missing; bytes and SHA-256 of each file, and what they hold together."""
-        self.rows.mkdir(exist_ok=True)
+        with room_needed(self.rows):
+            self.rows.mkdir(exist_ok=True)
         count = max(1, min(plan.num_rows, -(-plan.num_tokens // _SHARD_TOKENS)))
         names = tuple(f"data-{index:05d}-of-{count:05d}.{file_format}" for index in range(count))
         bounds = tuple(index * plan.num_rows // count for index in range(count + 1))

@@ -159,7 +159,7 @@ def write_packed(
         try:
             with room_needed(folder):
                 aside.mkdir()
-            files = _write_shards(packed.select_columns(list(_COLUMNS)), aside, file_format)
+                files = _write_shards(packed.select_columns(list(_COLUMNS)), aside, file_format)
             manifest = PackedManifest(
                 manifest_version=MANIFEST_VERSION,
                 packflex_version=packflex.__version__,
@@ -195,7 +195,8 @@ def write_packed(
                 counts=dict(counts or {}),
             )
             # Last: a folder without it is half-written.
-            (aside / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+            with room_needed(folder):
+                (aside / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
             move_into_place(aside, folder, overwrite, work)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -495,34 +496,37 @@ def move_into_place(aside: Path, folder: Path, overwrite: bool, work: Path) -> N
 
     Raises:
         DataError: a folder that came there meanwhile, and is not to be replaced; it and `aside` are left as they are.
+            A disk that is full, or a place where nothing may be written.
     """
-    check_output(folder, overwrite)
-    if folder.exists():
-        os.rename(folder, work / _REPLACED)
+    with room_needed(folder):
+        check_output(folder, overwrite)
+        if folder.exists():
+            os.rename(folder, work / _REPLACED)
+            try:
+                os.rename(aside, folder)
+            except BaseException:
+                os.rename(work / _REPLACED, folder)
+                raise
+            _discard(work)
+            return
         try:
             os.rename(aside, folder)
-        except BaseException:
-            os.rename(work / _REPLACED, folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            check_output(folder, overwrite)  # somebody made it between the two lines above
             raise
-        _discard(work)
-        return
-    try:
-        os.rename(aside, folder)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise
-        check_output(folder, overwrite)  # somebody made it between the two lines above
-        raise
 
 
 def put_back(work: Path, folder: Path) -> None:
     """Undo what a kill left half-done in `move_into_place`."""
     if not (work / _REPLACED).exists():
         return
-    if folder.exists():
-        _discard(work)
-    else:
-        os.rename(work / _REPLACED, folder)
+    with room_needed(folder):
+        if folder.exists():
+            _discard(work)
+        else:
+            os.rename(work / _REPLACED, folder)
 
 
 def is_replacing(work: Path) -> bool:

@@ -249,6 +249,26 @@ def test_a_full_disk(source, tmp_path, tokenizer, monkeypatch, name):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("call", ["rows", "out"])
+def test_a_full_disk_where_folders_are_made_and_named(source, tmp_path, tokenizer, monkeypatch, call):
+    """A file system without a free inode, or without room for a longer folder."""
+    whole = pack(source, tmp_path / "whole", tokenizer)
+
+    def full(path, *rest, **options):
+        if Path(rest[0] if call == "out" else path).name == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *rest, **options)
+
+    owner, name = (os, "rename") if call == "out" else (Path, "mkdir")
+    real = getattr(owner, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(DataError, match=rf"/{call}: the disk is full \(.*\); free some space and run the same"):
+            pack(source, tmp_path / "out", tokenizer)
+    assert not (tmp_path / "out").exists()
+    assert pack(source, tmp_path / "out", tokenizer) == whole
+
+
 def test_a_truncated_shard_is_refused(source, tmp_path, tokenizer):
     manifest = pack(source, tmp_path / "out", tokenizer)
     shard = tmp_path / "out" / list(manifest.files)[1]

@@ -140,7 +140,37 @@ def test_another_tokenizer_is_refused_by_both_names(tmp_path, tokenizer):
 
 def test_a_failed_write_leaves_nothing(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(write.os, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DataError, match=r"out: the disk is full \(.*No space left on device\); free some space"):
+        write_rows(tmp_path / "out", tokenizer)
+    assert not [name for name in os.listdir(tmp_path) if "out" in name]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_disk_that_is_full_when_rows_are_replaced_loses_neither(tmp_path, tokenizer, monkeypatch, at):
+    """At the rename of what was there, of what takes its place, or of what is to be removed then."""
+    out, calls = tmp_path / "out", []
+    write_rows(out, tokenizer, seed=3)
+
+    def full(old, new, real=os.rename):
+        calls.append(new)
+        if len(calls) == at:
+            raise OSError(28, "No space left on device")
+        return real(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("packflex.data.write.os.rename", full)
+        with pytest.raises(DataError, match="out: the disk is full"):
+            write_rows(out, tokenizer, seed=4, overwrite=True)
+    assert read_manifest(out).seed == (3 if at < 3 else 4)
+    load_packed(out)
+    assert write_rows(out, tokenizer, seed=5, overwrite=True).seed == 5
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "hf"}
+
+
+@pytest.mark.parametrize(("owner", "function"), [(write, "shard_writer"), (write.Path, "write_text")])
+def test_a_full_disk_under_rows_and_manifest(tmp_path, tokenizer, monkeypatch, owner, function):
+    monkeypatch.setattr(owner, function, lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(DataError, match="out: the disk is full"):
         write_rows(tmp_path / "out", tokenizer)
     assert not [name for name in os.listdir(tmp_path) if "out" in name]
 

@@ -208,6 +208,8 @@ class _TokenColumn:
         lengths: list[np.ndarray] = []
         first = 0
         for chunk in chunks:
+            if pa.types.is_fixed_size_list(chunk.type):
+                chunk = chunk.cast(pa.large_list(chunk.type.value_type))
             self._require_integer_lists(chunk, first)
             offsets = chunk.offsets.to_numpy().astype(np.int64)
             # of this chunk alone: a slice's buffer also holds the documents outside it

@@ -219,6 +219,28 @@ def test_what_lies_outside_a_slice_does_not_count():
         pack_dataset(Dataset(table.slice(1)), 8)
 
 
+def test_lists_of_fixed_size():
+    kind = pa.list_(pa.int64(), 2)
+    ones = pa.array([[1, 1]] * 4, pa.list_(pa.int8(), 2))
+    ids = pa.array([[1, 2], [3, 4], [5, 6], [7, 8]], kind)
+    labels = pa.array([[-100, 2], [-100, -100], [-100, 6], [-100, 8]], kind)
+    columns = {"input_ids": ids, "labels": labels, "attention_mask": ones}
+    documents = Dataset(pa.table(columns).slice(1))
+    assert pack_dataset(documents.select([2, 1, 0]), 4, seed=None).to_list() == [
+        {"input_ids": [7, 8, 5, 6], "labels": [-100, 8, -100, 6], "lengths": [2, 2]},
+        {"input_ids": [3, 4], "labels": [-100, -100], "lengths": [2]},
+    ]
+    assert pack_dataset(documents, 4, seed=None)["input_ids"][:] == [[3, 4, 5, 6], [7, 8]]
+    for wrong, error, message in (
+        (pa.array([[1, 2], None], kind), ValueError, "document 1: 'input_ids' is missing"),
+        (pa.array([[1, 2], [3, None]], kind), TypeError, "document 1: 'input_ids' holds null at place 1"),
+        (pa.array([[1.0, 2.5]], pa.list_(pa.float32(), 2)), TypeError, "document 0: 'input_ids' holds 2.5 at place 1"),
+        (pa.array([[]], pa.list_(pa.int32(), 0)), ValueError, "document 0 is empty"),
+    ):
+        with pytest.raises(error, match=message):
+            pack_dataset(Dataset(pa.table({"input_ids": wrong})), 4)
+
+
 def test_too_long_documents_are_named():
     documents = Dataset.from_dict({"input_ids": [[1], [2] * 9, [3] * 12], "source": ["a:1", "a:5", "a:6"]})
     with pytest.raises(DataError, match=r"a:5: 9 tokens, more than seq_len=8 \(2 such documents\); choose"):

@@ -207,7 +207,7 @@ def read_parquet(file: Path, columns: Iterable[str], also: Iterable[str] = ()) -
     """Records of a Parquet file with those of `columns` and `also` that it has; rows are named from 0.
 
     Raises:
-        DataError: a file that is not Parquet or is empty.
+        DataError: a file that is not Parquet, is cut short, or is empty.
     """
     import pyarrow as pa  # here and not above: JSON Lines need no Arrow until the end
     import pyarrow.parquet as pq
@@ -215,7 +215,7 @@ def read_parquet(file: Path, columns: Iterable[str], also: Iterable[str] = ()) -
     try:
         reader = pq.ParquetFile(file, memory_map=True)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a Parquet file ({one_line(error)}); check the file or its suffix") from error
+        raise _unreadable(file, "a Parquet file", (b"PAR1",), error) from error
     with reader:
         chosen = _chosen(file, reader.schema_arrow.names, columns, also)
         yield from _rows(file, reader.iter_batches(batch_size=_ROWS_AT_ONCE, columns=chosen))
@@ -225,7 +225,7 @@ def read_arrow(file: Path, columns: Iterable[str], also: Iterable[str] = ()) -> 
     """Records of an Arrow file (file or stream form) or a folder made by `Dataset.save_to_disk`; rows from 0.
 
     Raises:
-        DataError: a file that is not Arrow or is empty, or a folder with several splits.
+        DataError: a file that is not Arrow, is cut short or is empty, or a folder with several splits.
     """
     import pyarrow as pa
 
@@ -238,8 +238,21 @@ def read_arrow(file: Path, columns: Iterable[str], also: Iterable[str] = ()) -> 
             source.seek(0)
             table = pa.ipc.open_file(source).read_all() if is_file_form else _whole_stream(file, source)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not an Arrow file ({one_line(error)}); check the file or its suffix") from error
+        raise _unreadable(file, "an Arrow file", (b"ARROW1", b"\xff\xff\xff\xff"), error) from error
     yield from _rows(file, table.select(_chosen(file, table.column_names, columns, also)).to_batches(_ROWS_AT_ONCE))
+
+
+def _unreadable(file: Path, kind: str, beginnings: tuple[bytes, ...], error: Exception) -> DataError:
+    """What to say of a file that cannot be opened, by how files of its kind begin."""
+    try:
+        with file.open("rb") as stream:
+            beginning = stream.read(8)
+    except OSError:  # as `error` says
+        beginning = b""
+    said = one_line(error)
+    if beginning.startswith(beginnings):
+        return DataError(f"{file}: {kind} that is cut short or damaged ({said}); copy or write it again")
+    return DataError(f"{file}: not {kind} ({said}); check the file or its suffix")
 
 
 def _whole_stream(file: Path, source: Any) -> pa.Table:

@@ -198,6 +198,26 @@ def test_bad_parquet(tmp_path):
         load_documents("parquet", tmp_path / "d.parquet")
 
 
+def test_files_that_are_cut_short_are_told_from_those_of_another_kind(tmp_path):
+    table = pa.table({"text": [str(i) for i in range(1000)]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for kind, name in (("parquet", "a Parquet file"), ("arrow", "an Arrow file")):
+        file = tmp_path / f"a.{kind}"
+        content = file.read_bytes()
+        for size in (len(content) - 1, len(content) // 2, 10):
+            file.write_bytes(content[:size])
+            with pytest.raises(
+                DataError, match=rf"a\.{kind}: {name} that is cut short or damaged .*; copy or write it"
+            ):
+                load_documents(kind, file)
+        for other in (b"", b"PK" + content[2:-1], b'{"text": "a"}\n'):
+            file.write_bytes(other)
+            with pytest.raises(DataError, match=rf"a\.{kind}: not {name} \(.*\); check the file or its suffix"):
+                load_documents(kind, file)
+
+
 def test_arrow_file_stream_and_saved_data_set(tmp_path):
     table = pa.table({"text": ["a", "b"]})
     with pa.ipc.new_file(str(tmp_path / "file.arrow"), table.schema) as writer:
@@ -238,7 +258,9 @@ def test_an_arrow_stream_that_is_cut_anywhere_is_refused(tmp_path):
             load_documents("arrow", cut)
     for end in (ends[1] - 8, len(content) - 4, len(content) - 1):
         cut.write_bytes(content[:end])
-        with pytest.raises(DataError, match=r"cut\.arrow: not an Arrow file"):
+        with pytest.raises(
+            DataError, match=r"cut\.arrow: an Arrow file that is cut short or damaged \(.*; copy or write"
+        ):
             load_documents("arrow", cut)
     cut.write_bytes(content[:-8] + b"\0\0\0\0")
     assert len(load_documents("arrow", cut)) == 40, "the end that Arrow wrote before 0.15"

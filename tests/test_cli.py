@@ -309,7 +309,8 @@ def test_pack_conversations_with_a_template_file(run, tmp_path, tokenizer):
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     options = ("--messages-field", "dialogue", "--seq-len", 128)
-    fails(pack(run, source, tokenizer, tmp_path / "out", *options), "has no chat template.*--chat-template FILE")
+    message = r"chat\.jsonl:1: tokenizer \S+ has no chat template.*--chat-template FILE"
+    fails(pack(run, source, tokenizer, tmp_path / "out", *options), message)
     code, _, err = pack(run, source, tokenizer, tmp_path / "out", *options, "--chat-template", template)
     assert (code, err) == (0, "")
     data = load_packed(tmp_path / "out")

@@ -207,7 +207,7 @@ class _Run:
             if digest is None:
                 columns = [name for name in chunk[0] if name != "source"]
                 self.form, digest = form_of(columns), DocumentsDigest(columns)
-                self._prepare()
+                self._prepare(chunk[0].get("source", "document 0"))
             chunk_digest = _with_sources(digest.update(chunk), chunk)
             if self._is_done(number, chunk_digest):
                 self.kept += 1
@@ -224,7 +224,7 @@ class _Run:
         self.todo, self.source_fingerprint = todo, digest.hexdigest()
         self.digest = digest
 
-    def _prepare(self) -> None:
+    def _prepare(self, first: str) -> None:
         encode = DocumentEncoder(
             self.tokenizer,
             self.form,
@@ -232,6 +232,7 @@ class _Run:
             self.options.turns,
             self.options.max_length,
             self.options.on_unsupervised == "drop",
+            first,
         )
         self.template = chat_template_fingerprint(self.tokenizer) if self.form == "messages" else None
         # what a chunk's tokens follow from besides its text

@@ -30,6 +30,7 @@ class ChatEncoder:
     Args:
         encoder: text encoder of the tokenizer, which must have a chat template.
         turns: supervise "all" assistant turns, or the "last" one only (what follows it is left out).
+        first: what to call the first conversation, where there is no template for it.
 
     Raises:
         DataError: a tokenizer without a chat template.
@@ -42,16 +43,18 @@ class ChatEncoder:
         '2<|im_end|>'
     """
 
-    def __init__(self, encoder: TextEncoder, turns: Turns = "all") -> None:
+    def __init__(self, encoder: TextEncoder, turns: Turns = "all", first: str = "") -> None:
         if turns not in get_args(Turns):
             raise ValueError(f"turns must be 'all' or 'last'; got {turns!r}")
         self.encoder = encoder
         self.tokenizer = encoder.tokenizer
         self.turns = turns
         if not self.tokenizer.chat_template:
+            said = f"{first}: " if first else ""
             raise DataError(
-                f"tokenizer {tokenizer_name(self.tokenizer)} has no chat template, and conversations need one; give a "
-                "Jinja file (chat_template=, --chat-template FILE), or an instruct model's tokenizer"
+                f"{said}tokenizer {tokenizer_name(self.tokenizer)} has no chat template, and "
+                "conversations need one; give a Jinja file (chat_template=, --chat-template FILE), or an instruct "
+                "model's tokenizer"
             )
         # some tokenizers name only a few of their special tokens, and not the end of a turn
         added = (token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special)

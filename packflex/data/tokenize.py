@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from packflex.data.chat import ChatEncoder, Turns
@@ -97,9 +97,9 @@ def tokenize_documents(
         raise ValueError(f"num_proc must be at least 1, or None for no worker; got {num_proc}")
     if not len(documents):
         raise DataError("there is no document to tokenise: the data set is empty")
-    encode = DocumentEncoder(
-        tokenizer, form_of(documents.column_names), train_on_prompt, turns, max_length, on_unsupervised == "drop"
-    )
+    form, drop = form_of(documents.column_names), on_unsupervised == "drop"
+    first = documents[0]["source"] if "source" in documents.column_names else "document 0"
+    encode = DocumentEncoder(tokenizer, form, train_on_prompt, turns, max_length, drop, first)
     ids = datasets.List(datasets.Value("int32"))
     mapped = documents.map(
         encode,
@@ -169,7 +169,7 @@ class DocumentEncoder:
     """Batches of raw documents to lists of `input_ids`, `labels`, `source` and `cut` (tokens past `max_length`).
 
     What `Dataset.map` calls on each batch; picklable, so that worker processes can have it. Arguments and errors as in
-    `tokenize_documents`.
+    `tokenize_documents`; `first` is what the first document is called.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -178,10 +178,11 @@ class DocumentEncoder:
     turns: Turns
     max_length: int | None
     drop: bool
+    first: InitVar[str] = ""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, first: str) -> None:
         self.encoder = TextEncoder(self.tokenizer)
-        self.chat = ChatEncoder(self.encoder, self.turns) if self.form == "messages" else None
+        self.chat = ChatEncoder(self.encoder, self.turns, first) if self.form == "messages" else None
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Tokens of the documents of a batch; those without supervision are left out where that is wanted."""

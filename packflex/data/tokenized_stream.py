@@ -120,7 +120,8 @@ class TokenizedStream:
                 columns = {name: [document.get(name) for document in batch] for name in batch[0]}
                 if encode is None:
                     form = form_of(list(columns))
-                    encode = DocumentEncoder(self.tokenizer, form, drop=self._drop, **self._encoding)
+                    named = batch[0]["source"]
+                    encode = DocumentEncoder(self.tokenizer, form, drop=self._drop, first=named, **self._encoding)
                 tokens = encode(columns, list(range(read, read + len(batch))))
                 cut += sum(map(bool, tokens.pop("cut")))
                 for given, values in enumerate(zip(*tokens.values(), strict=True), 1):

@@ -181,6 +181,17 @@ def test_wrong_documents_are_named_when_they_come(line, message, tmp_path, token
         list(TokenizedStream("jsonl", tmp_path / "bad.jsonl", tokenizer))
 
 
+def test_conversations_without_a_template_are_named(tmp_path, tokenizer):
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "a.jsonl").write_text("\n" + json.dumps(talk) + "\n")
+    stream = TokenizedStream("jsonl", tmp_path, tokenizer)
+    for read in (lambda: list(stream), lambda: tokenize_documents(load_documents("jsonl", tmp_path), tokenizer)):
+        with pytest.raises(
+            DataError, match=r"a\.jsonl:2: tokenizer \S+ has no chat template, and conversations need one"
+        ):
+            read()
+
+
 def test_no_files(tmp_path, tokenizer):
     with pytest.raises(DataError, match=re.escape(str(tmp_path))):
         TokenizedStream("jsonl", tmp_path / "none", tokenizer)

@@ -7,6 +7,7 @@ end of a turn is learned: the template says so.
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,8 @@ from packflex.data.chat_checks import kind_of
 from packflex.data.chat_template import Conversation, Span
 from packflex.data.chat_words import THOUGHTS, rewordings, says_something, shared_length, with_more_words
 from packflex.data.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 Piece = tuple[str, bool]  # text, and whether it is supervised
 
@@ -23,6 +26,7 @@ class MarkedTurns:
 
     def __init__(self) -> None:
         self._seen: set[Any] = set()
+        self._knows_of_users = False
 
     def pieces(self, talk: Conversation, assistant: list[int], last_only: bool) -> list[Piece]:
         """The conversation's text in pieces, one for each mark and one for what lies between two.
@@ -45,6 +49,9 @@ class MarkedTurns:
         kept = set(range(len(spans)))
         if last_only:
             kept = set(_spans_of(talk, assistant[-1], text, spans)) if assistant else set()
+        if not self._knows_of_users and "user" in talk.roles:
+            self._knows_of_users = True
+            _warn_of_users_words(talk, text, spans)
         for turn in assistant:
             if says_something(talk, turn):
                 self._require_marks(talk, turn, text, spans)
@@ -79,6 +86,22 @@ class MarkedTurns:
                     "out"
                 )
         self._seen.add(kind)
+
+
+def _warn_of_users_words(talk: Conversation, text: str, spans: list[Span]) -> None:
+    """Say that what a user says changes what is marked: a template may be meant so, and most are not."""
+    turn = max(i for i, role in enumerate(talk.roles) if role == "user")
+    other = talk.replaced(turn, with_more_words(talk.messages[turn]))
+    try:
+        is_learned = _cut(*talk.marked_text(other)) != _cut(text, spans)
+    except DataError:  # a template that refuses other words
+        return
+    if is_learned:
+        logger.warning(
+            "%s: %s marks words of message %d (user) with {%% generation %%}, so they are learned as the assistant's "
+            "are; mark the assistant's alone in the template, unless that is meant",
+            talk.source, talk.template_name, turn,
+        )  # fmt: skip
 
 
 def is_marked(template: str) -> bool:

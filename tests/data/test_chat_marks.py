@@ -8,6 +8,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from packflex.data.chat import ChatEncoder
+from packflex.data.encoding import TextEncoder
 from packflex.data.errors import DataError
 from tests.data.test_chat import CALL, encode, spoken
 
@@ -184,3 +186,29 @@ def test_thoughts_alone_in_an_earlier_turn_of_a_template_that_leaves_them_out(pl
     talk = [ASKED, says("four"), ASKED, says("", reasoning_content="two and two"), ASKED, says("six")]
     assert learned(plain, template, *talk, turns="last") == ["six<|eos|>"]
     assert learned(plain, template, *talk) == ["four<|eos|>", "six<|eos|>"]
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_marks_around_the_words_of_users_are_reported_once(plain, caplog, turns):
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% generation %}<{{ m.role }}>{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    chat = ChatEncoder(TextEncoder(tokenizer), turns)
+    system = {"role": "system", "content": "Be brief."}
+    chat.encode([system, says("four")], None, "a.jsonl:1")
+    assert not caplog.records
+    for line in (2, 3):
+        _, labels = chat.encode([system, ASKED, says("four")], None, f"a.jsonl:{line}")
+        assert spoken(plain, labels) == ["<system>Be brief.<user>two plus two?<assistant>four"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("a.jsonl:2: the chat template of ")
+    assert "marks words of message 1 (user) with {% generation %}, so they are learned" in record.getMessage()
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_marks_around_the_assistants_words_are_not_reported(plain, caplog, turns):
+    strict = "{% if messages[0].content != 'two plus two?' %}{{ raise_exception('no') }}{% endif %}"
+    learned(plain, WORDS_ONLY, ASKED, says("four"), turns=turns)
+    learned(plain, strict + WORDS_ONLY, ASKED, says("four"), turns=turns)
+    assert not caplog.records

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packflex.data.errors import DataError
-from packflex.data.readers import named
+from packflex.data.readers import matching, named
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,7 +66,7 @@ def _files(path: str | Sequence[str] | None) -> Iterator[Path]:
         elif found.is_file():
             yield found
         else:
-            matched = sorted(Path(name) for name in glob.glob(str(found), recursive=True) if Path(name).is_file())
+            matched = matching(found)
             if not matched:
                 raise DataError(f"{entry}: no such file or folder, and no file matches it; check the path")
             yield from matched

@@ -82,6 +82,13 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return found
 
 
+def matching(pattern: Path) -> list[Path]:
+    """Files that a glob matches, in order; folders that are there are taken as they are named, with [ or * in it."""
+    folder = next(parent for parent in pattern.parents if parent.is_dir())
+    names = glob.glob(str(Path(glob.escape(str(folder))) / pattern.relative_to(folder)), recursive=True)
+    return sorted(path for path in map(Path, names) if _is_file(path))
+
+
 def unknown_kind(file: str | Path) -> str:
     """What to say of a file whose name tells no kind."""
     return f"{file}: unknown kind of file; expected .jsonl, .jsonl.gz, .parquet or .arrow"
@@ -125,7 +132,7 @@ def _expand(entry: str, suffixes: tuple[str, ...]) -> list[Path]:
             raise DataError(f"{entry}: the folder holds no file ending in {' or '.join(suffixes)}; check the path")
         return files
     if any(mark in entry for mark in "*?["):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if _is_file(Path(name)))
+        found = matching(path)
         if not found:
             raise DataError(f"{entry}: no file matches this pattern; check it (quote it so that the shell leaves it)")
         return found

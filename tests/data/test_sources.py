@@ -438,6 +438,26 @@ def test_a_pattern_that_tells_no_kind(tmp_path):
         guess_kind(str(folder / "*"))
 
 
+@pytest.mark.parametrize(
+    ("name", "sibling"), [("run[12]", "run1"), ("run*", "run1"), ("run?", "run1"), ("a [b]", "a b")]
+)
+def test_a_folder_named_like_a_pattern_is_read_and_no_other(tmp_path, monkeypatch, name, sibling):
+    for folder in (sibling, name):
+        folder_of(tmp_path / folder, "x.jsonl", "x.txt")
+        (tmp_path / folder / "x.jsonl").write_text(json.dumps({"text": folder}))
+        (tmp_path / folder / "x.txt").write_text(folder)
+        Dataset.from_dict({"text": [folder]}).save_to_disk(tmp_path / folder / "saved")
+    monkeypatch.chdir(tmp_path)
+    for base in (tmp_path / name, name):
+        for path in (base, f"{base}/x.jsonl", f"{base}/*.jsonl", f"{base}/**/x*"):
+            assert load_documents("jsonl", path, limit=1)["text"][:] == [name]
+        assert load_documents("arrow", f"{base}/saved")["text"][:] == [name]
+        for path in (str(base), f"{base}/x.txt", f"{base}/*.txt"):
+            assert load_texts(path)["text"][:] == [name]
+    both = load_documents("jsonl", "[ra]*/x.jsonl")["text"][:]
+    assert sorted(both) == sorted([name, sibling]), "a pattern all the same where no such folder is there"
+
+
 def test_hub_that_cannot_be_reached_gives_one_line():
     script = (
         "from packflex.data.sources import load_documents\n"

@@ -52,9 +52,8 @@ class ChatEncoder:
         if not self.tokenizer.chat_template:
             said = f"{first}: " if first else ""
             raise DataError(
-                f"{said}tokenizer {tokenizer_name(self.tokenizer)} has no chat template, and "
-                "conversations need one; give a Jinja file (chat_template=, --chat-template FILE), or an instruct "
-                "model's tokenizer"
+                f"{said}tokenizer {tokenizer_name(self.tokenizer)} has no chat template, and conversations need one; "
+                "give a Jinja file (chat_template=, --chat-template FILE), or an instruct model's tokenizer"
             )
         # some tokenizers name only a few of their special tokens, and not the end of a turn
         added = (token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special)

@@ -26,7 +26,7 @@ class MarkedTurns:
 
     def __init__(self) -> None:
         self._seen: set[Any] = set()
-        self._knows_of_users = False
+        self._has_looked_at_users = False
 
     def pieces(self, talk: Conversation, assistant: list[int], last_only: bool) -> list[Piece]:
         """The conversation's text in pieces, one for each mark and one for what lies between two.
@@ -49,8 +49,8 @@ class MarkedTurns:
         kept = set(range(len(spans)))
         if last_only:
             kept = set(_spans_of(talk, assistant[-1], text, spans)) if assistant else set()
-        if not self._knows_of_users and "user" in talk.roles:
-            self._knows_of_users = True
+        if not self._has_looked_at_users and "user" in talk.roles:
+            self._has_looked_at_users = True
             _warn_of_users_words(talk, text, spans)
         for turn in assistant:
             if says_something(talk, turn):

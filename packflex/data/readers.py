@@ -74,7 +74,7 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
         name = file.name.lower()
         for ending in _COMPRESSED:
             name = name.removesuffix(ending)
-        if file not in found and name.endswith(suffixes):
+        if name.endswith(suffixes) and not file.name.endswith(suffixes):
             raise DataError(f"{unknown_kind(file)}; unpack or rename it{_by_pattern(folder, found)}")
     objects = [file for file in found if file.name.endswith(".json")]
     if 0 < len(objects) < len(found):

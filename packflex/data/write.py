@@ -337,7 +337,7 @@ def load_packed(
 
     folder = Path(path).expanduser()
     manifest = read_manifest(folder)
-    if manifest.file_format == "parquet" and "::" in str(folder):
+    if manifest.file_format == "parquet" and "::" in str(folder.absolute()):
         raise DataError(
             f"{folder}: `datasets` takes '::' in the name of a Parquet file for an archive; rename the folder, or pack "
             "with --file-format arrow"

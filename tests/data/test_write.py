@@ -90,10 +90,14 @@ def test_a_folder_named_like_a_pattern_is_read_and_no_other(tmp_path, tokenizer,
     assert load_packed(tmp_path / name / "out", tokenizer).dataset.to_list() == ROWS[:35]
 
 
-def test_a_folder_that_would_be_taken_for_an_archive(tmp_path, tokenizer):
+def test_a_folder_that_would_be_taken_for_an_archive(tmp_path, tokenizer, monkeypatch):
     write_rows(tmp_path / "a::b", tokenizer)
     with pytest.raises(DataError, match=r"a::b: `datasets` takes '::' .*; rename the folder, or pack with --file-form"):
         load_packed(tmp_path / "a::b")
+    monkeypatch.chdir(tmp_path / "a::b")
+    write_rows("out", tokenizer)
+    with pytest.raises(DataError, match=r"out: `datasets` takes '::' "):
+        load_packed("out")
     write_rows(tmp_path / "c::d", tokenizer, file_format="arrow")
     assert load_packed(tmp_path / "c::d").dataset.to_list() == ROWS
 

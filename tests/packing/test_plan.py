@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from packflex.packing import PackingPlan, best_fit, best_fit_patterns, next_fit, plan_rows, wrapped
@@ -49,37 +49,37 @@ def test_overflow_counts_what_it_loses(lengths, seq_len, overflow, strategy):
     assert sorted(tokens_of(plan)) == expected
 
 
-def row_by_row(lengths, seq_len):
-    """Best fit by its definition, on a list of documents: the longest that fits, then two that end the row exactly."""
-    left, rows = sorted(lengths, reverse=True), []
-    while left:
-        row, free = [], list(left)
-        while (fitting := next((n for n in free if n <= seq_len - sum(row)), None)) is not None:
-            free.remove(fitting)
-            row.append(fitting)
-        for given_up in range(1, 5):
-            if sum(row) == seq_len or given_up > len(row):
-                break
-            kept, back = row[:-given_up], row[-given_up:]
-            free_now = sorted(free + back)
-            room = seq_len - sum(kept)
-            pairs = [(a, b) for i, a in enumerate(free_now) for b in free_now[i + 1 :] if a + b == room]
-            if pairs:
-                row = sorted([*kept, *max(pairs)], reverse=True)
-                break
-        for n in row:
-            left.remove(n)
-        rows.append(row)
-    return rows
+def one_row(lengths, seq_len):
+    """A row of best fit by its definition, from a list: the longest that fits, then two that end it exactly."""
+    row, free = [], sorted(lengths, reverse=True)
+    while (fitting := next((n for n in free if n <= seq_len - sum(row)), None)) is not None:
+        free.remove(fitting)
+        row.append(fitting)
+    for given_up in range(1, 5):
+        if sum(row) == seq_len or given_up > len(row):
+            break
+        kept, back = row[:-given_up], row[-given_up:]
+        free_now = sorted(free + back)
+        room = seq_len - sum(kept)
+        pairs = [(a, b) for i, a in enumerate(free_now) for b in free_now[i + 1 :] if a + b == room]
+        if pairs:
+            return sorted([*kept, *max(pairs)], reverse=True)
+    return row
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(40, 90))
-def test_patterns_are_best_fit_row_by_row(lengths, seq_len):
-    """Repeating patterns gives exactly what filling one row after another from the documents would."""
+@example([4, 13, 22, 22, 28, 28, 33, 36, 36], 86)
+def test_patterns_are_best_fit_repeated_while_their_lengths_last(lengths, seq_len):
     patterns, repeats = best_fit_patterns(np.bincount(lengths, minlength=seq_len + 1), seq_len)
-    rows = [p.tolist() for p, k in zip(patterns, repeats, strict=True) for _ in range(k)]
-    assert rows == row_by_row(lengths, seq_len)
+    left = list(lengths)
+    for pattern, repeat in zip(patterns, repeats, strict=True):
+        row = pattern.tolist()
+        assert row == one_row(left, seq_len)
+        assert repeat == min(left.count(n) // row.count(n) for n in row)
+        for n in row * repeat:
+            left.remove(n)
+    assert not left
 
 
 def test_a_row_is_ended_exactly_where_the_longest_first_would_leave_room():

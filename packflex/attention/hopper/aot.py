@@ -153,9 +153,9 @@ def _compile(
 
 
 def _loop_spills(cubin: bytes) -> int:
-    """Local loads and stores in the loops over unmasked blocks: the shortest third of the innermost wgmma loops.
+    """Local loads and stores in the loops over unmasked blocks, of the consumer that has most.
 
-    Each consumer has three such loops: unmasked blocks, and masked ones before and after them.
+    Each consumer has three innermost wgmma loops side by side, the shortest of which has no mask.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -183,5 +183,6 @@ def _loop_spills(cubin: bytes) -> int:
     if not inner:
         return 0
     products = [sum("HGMMA" in line for line in body) for _, _, body in inner]
-    bodies = sorted((body for (_, _, body), n in zip(inner, products, strict=True) if n == max(products)), key=len)
-    return max(sum("LDL" in line or "STL" in line for line in body) for body in bodies[: max(1, len(bodies) // 3)])
+    bodies = [body for (_, _, body), n in sorted(zip(inner, products, strict=True)) if n == max(products)]
+    unmasked = [min(bodies[i : i + 3], key=len) for i in range(0, len(bodies), 3)]
+    return max(sum("LDL" in line or "STL" in line for line in body) for body in unmasked)

@@ -1,9 +1,11 @@
 """The kernel that makes index lists from a printed mask: each tile is empty, partly or wholly visible.
 
-A program classifies some tiles of a row. What the mask computes of rows alone, or of columns alone, is evaluated once
-as a vector, and its least and greatest value bound all that follows: where the bounds decide (a tile far from the
-diagonal, two ranges of documents that do not meet), no element is looked at. Elsewhere all elements are. A second
-kernel turns the states of the tiles into torch's lists, in both directions.
+A program classifies some tiles of a row. Bounds of the rows and of each tile's columns bound all that follows in a few
+operations on as many numbers as there are tiles: exactly where an operation keeps the order of one of them, by the
+least and greatest of what the mask computes of rows alone, or of columns alone, elsewhere (what it reads from a tensor,
+say). Where the bounds decide (a tile far from the diagonal, two ranges of documents that do not meet), no element is
+looked at. Of the other tiles elements are, until both a visible and a hidden one are found. A second kernel turns the
+states of the tiles into torch's lists, in both directions.
 """
 
 from __future__ import annotations
@@ -21,13 +23,12 @@ from packflex.masks.block_mask import BlockLists
 from packflex.mods import source
 from packflex.mods.errors import short_name
 from packflex.mods.lifted import PROGRAMS, Lifted
-from packflex.mods.nodes import Node, ordered
+from packflex.mods.nodes import Node, Program, ordered
 from packflex.mods.printer import TYPES, Printer, arguments, device_imports
 
-# Tiles of one program: few where programs are few, so that those beside the diagonal do not end last
-_CHUNK, _LONG_CHUNK, _LONG = 4, 16, 2048
 _LIST_BLOCK = 256
-_MOST_ELEMENTS = 4096
+_MOST_ELEMENTS = 4096  # looked at together
+_MOST_TILES, _MOST_READ = 32, 2048  # tiles of one program, and keys of all its tiles where it reads tensors for each
 _HEADER = '''"""Printed by packflex: which tiles are visible under {what}."""
 
 import triton
@@ -36,31 +37,51 @@ import triton.language as tl
 {imports}
 '''
 _BEGIN = """
-    i_chunk = tl.program_id(0)
     i_q = tl.program_id(1) + first_row
     b = tl.program_id(2) // heads
     h = tl.program_id(2) % heads
     o_m = tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
-    q = tl.minimum(i_q * tile_m + tl.minimum(o_m, tile_m - 1), q_len - 1)[:, None]
-    rows_whole = (i_q + 1) * tile_m <= q_len
-    p_state = STATE + (tl.program_id(2).to(tl.int64) * tiles_q + i_q) * tiles_kv
+    o_tile = tl.arange(0, CHUNK)
+    o_k = tl.program_id(0) * CHUNK + o_tile
+    m_k = o_k < tiles_kv
+    o_k = tl.minimum(o_k, tiles_kv - 1)
+    q_low = i_q * tile_m
+    q_high = tl.minimum(q_low + tile_m, q_len) - 1
+    kv_low = o_k * tile_n
+    kv_high = tl.minimum(kv_low + tile_n, kv_len) - 1
+    q = tl.minimum(q_low + o_m, q_high)[:, None]
+    kv = tl.minimum(kv_low[:, None] + o_n[None, :], kv_high[:, None])
+    whole = (q_low + tile_m <= q_len) & (kv_low + tile_n <= kv_len)
 """
 _ELEMENTS = """
-            if (sure_true == 0) & (sure_false == 0):
-                b_seen = tl.zeros([PART_M, BLOCK_N], tl.int32)
-                b_hidden = tl.zeros([PART_M, BLOCK_N], tl.int32)
-                for part in range(BLOCK_M // PART_M):
-                    o_p = part * PART_M + tl.arange(0, PART_M)
-                    o_q = i_q * tile_m + o_p
-                    q_part = tl.minimum(o_q, q_len - 1)[:, None]
-                    m_in = ((o_p < tile_m) & (o_q < q_len))[:, None] & ((o_n < tile_n) & (o_k < kv_len))[None, :]
+    state = tl.where(sure_true > 0, tl.where(whole, 2, 1), tl.where(sure_false > 0, 0, 3))
+    state = tl.where(m_k, state, 0)
+    undecided = tl.sum((state == 3).to(tl.int32))
+    while undecided > 0:
+        i_tile = tl.min(tl.where(state == 3, o_tile, CHUNK))
+        k_low = (tl.program_id(0) * CHUNK + i_tile) * tile_n
+        k_high = tl.minimum(k_low + tile_n, kv_len) - 1
+        kv_part = tl.minimum(k_low + o_n, k_high)[None, :]
+        m_n = (k_low + o_n <= k_high)[None, :]
+        seen = tl.zeros([], tl.int32)
+        hidden = tl.zeros([], tl.int32)
+        part = tl.zeros([], tl.int32)
+        while (part < BLOCK_M // PART_M) & ((seen == 0) | (hidden == 0)):
+            o_q = q_low + part + tl.arange(0, PART_M) * (BLOCK_M // PART_M)  # from all over the tile
+            q_part = tl.minimum(o_q, q_high)[:, None]
+            m_in = (o_q <= q_high)[:, None] & m_n
 {elements}
-                    m_s = m_in & ({out})
-                    b_seen |= m_s.to(tl.int32)
-                    b_hidden |= (m_in & (m_s == 0)).to(tl.int32)
-                hidden = tl.max(b_hidden)
-                state = tl.where(tl.max(b_seen) > 0, tl.where((hidden == 0) & whole, 2, 1), 0)
+            m_s = m_in & ({out})
+            seen = tl.maximum(seen, tl.max(m_s.to(tl.int32)))
+            hidden = tl.maximum(hidden, tl.max((m_in & (m_s == 0)).to(tl.int32)))
+            part += 1
+        all_seen = (hidden == 0) & (q_low + tile_m <= q_len) & (k_low + tile_n <= kv_len)
+        found = tl.where(seen > 0, tl.where(all_seen, 2, 1), 0)
+        state = tl.where(o_tile == i_tile, found, state)
+        undecided -= 1
+    p_state = STATE + (tl.program_id(2).to(tl.int64) * tiles_q + i_q) * tiles_kv + o_k
+    tl.store(p_state, state.to(tl.int8), mask=m_k)
 """
 
 
@@ -73,14 +94,13 @@ def launch_tile_lists(
     state = torch.empty((batch, heads, tiles_q, tiles_kv), dtype=torch.int8, device=device)
     captures = [x.to(device) for x in lifted.captures]
     kernel = tile_kernel_module(lifted.key).mask_tiles
-    chunk = _CHUNK if tiles_kv < _LONG else _LONG_CHUNK
+    constants = tile_constants(lifted.program, tile)
     rows_at_once = 65535  # of a grid's second axis
     for first_row in range(0, tiles_q, rows_at_once):
-        grid = (ceil_div(tiles_kv, chunk), min(tiles_q - first_row, rows_at_once), batch * heads)
+        grid = (ceil_div(tiles_kv, constants["CHUNK"]), min(tiles_q - first_row, rows_at_once), batch * heads)
         kernel[grid](
-            state, first_row, q_len, kv_len, tiles_q, tiles_kv, heads, tile[0], tile[1], chunk,
-            *arguments(lifted.program, captures, lifted.numbers),
-            **tile_constants(tile), num_warps=4,
+            state, first_row, q_len, kv_len, tiles_q, tiles_kv, heads, tile[0], tile[1],
+            *arguments(lifted.program, captures, lifted.numbers), **constants, num_warps=4,
         )  # fmt: skip
     kv_lists, q_lists = (_empty_lists(state, *sizes) for sizes in ((tiles_q, tiles_kv), (tiles_kv, tiles_q)))
     _lists_kernel[(tiles_q + tiles_kv, batch * heads)](
@@ -89,11 +109,12 @@ def launch_tile_lists(
     return _block_lists(*kv_lists), _block_lists(*q_lists)
 
 
-def tile_constants(tile: tuple[int, int]) -> dict[str, int]:
-    """The constants of `mask_tiles` for a mask's tile."""
+def tile_constants(program: Program, tile: tuple[int, int]) -> dict[str, int]:
+    """The constants of a program's `mask_tiles` for a mask's tile."""
     block_m, block_n = (max(16, next_power_of_2(size)) for size in tile)
     part_m = max(1, min(block_m, _MOST_ELEMENTS // block_n))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "PART_M": part_m}
+    chunk = max(1, min(_MOST_TILES, _MOST_READ // block_n)) if program.layouts else _MOST_TILES
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "PART_M": part_m, "CHUNK": chunk}
 
 
 def _empty_lists(state: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -168,51 +189,42 @@ def tile_kernel_text(key: str) -> str:
     printer = Printer(program, "m")
     bounds = _Bounds(printer)
     extra = printer.parameters()
-    sizes = ["first_row", "q_len", "kv_len", "tiles_q", "tiles_kv", "heads", "tile_m", "tile_n", "chunk"]
+    sizes = ["first_row", "q_len", "kv_len", "tiles_q", "tiles_kv", "heads", "tile_m", "tile_n"]
     loose = [*sizes, *(p for p in extra if "_stride" in p or "_size" in p or p[1] == "s")]
     parameters = "".join(f" {name}," for name in extra)
     out = program.out
     text = (
         f"\n@triton.jit(do_not_specialize={loose!r})\n"
         f"def mask_tiles(\n    STATE, {', '.join(sizes)},\n   {parameters}\n"
-        "    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART_M: tl.constexpr,\n):"
+        "    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART_M: tl.constexpr, CHUNK: tl.constexpr,\n):"
     )
     text += _BEGIN
     text += _block(printer.statements([out], lambda n: n.deps <= {"b", "h"}), 4)
     shared = dict(printer.names)
     text += _block(printer.statements([out], lambda n: n.deps <= {"b", "h", "q"}), 4)
-    text += _block(bounds.of_vectors([out], "q"), 4)
-    text += (
-        "    for j in range(chunk):\n        i_k = i_chunk * chunk + j\n        if i_k < tiles_kv:\n"
-        "            o_k = i_k * tile_n + o_n\n"
-        "            kv = tl.minimum(i_k * tile_n + tl.minimum(o_n, tile_n - 1), kv_len - 1)[None, :]\n"
-        "            whole = rows_whole & ((i_k + 1) * tile_n <= kv_len)\n"
-    )
-    text += _block(printer.statements([out], lambda n: n.deps <= {"b", "h", "kv"}), 12)
-    text += _block(bounds.of_vectors([out], "kv"), 12)
-    text += _block(bounds.of_tile(out), 12)
-    text += "            state = tl.where(sure_true > 0, tl.where(whole, 2, 1), 0)\n"
-    # inside the parts of a tile, what depends on rows is computed anew
-    columns = {i: name for i, name in printer.names.items() if i in shared or _only(program, i, {"b", "h", "kv"})}
-    printer.names = columns
-    printer.inputs = {"q": "q_part"}
-    elements = _block(printer.statements([out]), 20).rstrip("\n")
+    text += _block(bounds.of_axis(out, "q"), 4)
+    text += _block(printer.statements([out], lambda n: n.deps <= {"b", "h", "kv"}), 4)
+    text += _block(bounds.of_axis(out, "kv"), 4)
+    text += _block(bounds.of_tile(out), 4)
+    # of a part of one tile: all that differs between its elements is computed anew
+    printer.names, printer.inputs = shared, {"q": "q_part", "kv": "kv_part"}
+    elements = _block(printer.statements([out]), 12).rstrip("\n")
     text += _ELEMENTS.format(elements=elements, out=printer.text(out)).lstrip("\n")
-    text += "            tl.store(p_state + i_k, state.to(tl.int8))\n"
     return _HEADER.format(what=short_name(program.name), imports=device_imports(text)) + text
-
-
-def _only(program: object, place: int, allowed: set[str]) -> bool:
-    node = next(n for n in ordered([program.out]) if id(n) == place)  # type: ignore[attr-defined]
-    return node.deps <= allowed
 
 
 def _block(lines: list, indent: int) -> str:
     return "".join(" " * indent + str(line) + "\n" for line in lines)
 
 
+_BOOLS = {"and", "or", "not"}
+_IN_ORDER = {"add", "sub", "neg", "mul", "max", "min", "divided_by", "cast", "lt", "le", "gt", "ge", "eq", "ne"}
+
+
 class _Bounds:
-    """Statements that bound each node over a tile: `lo` and `hi` of integers, `sure` and `never` of bools.
+    """Statements that bound each node over tiles: `lo` and `hi` of integers, `sure` and `never` of bools.
+
+    What depends on columns has a bound for each of the program's tiles, [CHUNK]; all else is a number.
 
     Arithmetic wraps around where it leaves a type's range, and so may a bound: `possible` has what an integer node can
     be by its form, and where that is more than its type holds, the bound is made in 64 bits and looked at.
@@ -233,24 +245,37 @@ class _Bounds:
         self.possible[id(node)] = found if found is not None and fits else (limits.min, limits.max)
         return not fits
 
-    def of_vectors(self, roots: list[Node], axis: str) -> list[str]:
-        """Bounds of what varies with `axis` alone and is used together with the other."""
-        lines = []
-        for node in ordered(roots):
+    def of_axis(self, out: Node, axis: str) -> list[str]:
+        """Bounds of what varies with `axis` alone, as close as they can be where it is an integer."""
+        lines: list[str] = []
+        for node in ordered([out]):
             self.note_possible(node)
-            if axis in node.deps and node.deps <= {"b", "h", axis} and id(node) not in self.known and not node.is_float:
-                name = f"r{len(self.known)}"
-                text = self.printer.text(node)
-                if node.dtype == torch.bool:
-                    lines += [
-                        f"{name}t = tl.min(({text}).to(tl.int32)) > 0",
-                        f"{name}f = tl.max(({text}).to(tl.int32)) == 0",
-                    ]
-                    self.known[id(node)] = (f"{name}t", f"{name}f")
-                else:
-                    lines += [f"{name}l = tl.min({text})", f"{name}h = tl.max({text})"]
-                    self.known[id(node)] = (f"{name}l", f"{name}h")
+            if id(node) in self.known or not node.deps <= {"b", "h", axis}:
+                continue
+            if axis not in node.deps or self._keeps_order(node, axis):
+                self.known[id(node)] = self._bounded(node, lines)
+            if axis in node.deps and self.known.get(id(node)) is None and not node.is_float:
+                self.known[id(node)] = self._reduced(node, axis, lines)
         return lines
+
+    def _keeps_order(self, node: Node, axis: str) -> bool:
+        """Whether bounds of the node's arguments give its own: those of the one that varies, or of two bools."""
+        if node.op == "input":
+            return True
+        varying = sum(axis in arg.deps for arg in node.args)
+        return node.op in _BOOLS or (node.op in _IN_ORDER and varying == 1)
+
+    def _reduced(self, node: Node, axis: str, lines: list[str]) -> tuple[str, str]:
+        name, text = f"r{len(self.known)}", self.printer.text(node)
+        over = ", 1" if axis == "kv" else ""
+        if node.dtype == torch.bool:
+            lines += [
+                f"{name}t = tl.min(({text}).to(tl.int32){over}) > 0",
+                f"{name}f = tl.max(({text}).to(tl.int32){over}) == 0",
+            ]
+            return f"{name}t", f"{name}f"
+        lines += [f"{name}l = tl.min({text}{over})", f"{name}h = tl.max({text}{over})"]
+        return f"{name}l", f"{name}h"
 
     def of_tile(self, out: Node) -> list[str]:
         """Bounds of everything else, up to `sure_true` and `sure_false` of the mask itself."""
@@ -266,6 +291,8 @@ class _Bounds:
     def _bounded(self, node: Node, lines: list[str]) -> tuple[str, str] | None:
         if node.is_float:
             return None
+        if node.op == "input" and node.value in ("q", "kv"):
+            return f"{node.value}_low", f"{node.value}_high"
         if node.deps <= {"b", "h"}:
             text = self.printer.text(node)
             return (f"({text})", f"({text} == 0)") if node.dtype == torch.bool else (text, text)

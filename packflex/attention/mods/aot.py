@@ -83,7 +83,7 @@ def compile_mask_tiles(
     lifted = lift(mask_mod, "mask", torch.device("cpu"))
     kernel = tile_kernel_module(lifted.key).mask_tiles
     types = mod_types("m", lifted.program, False) | {"STATE": "*i8"}
-    return compile_for(kernel, capability, torch.float32, tile_constants(block_size), 4, 1, types)
+    return compile_for(kernel, capability, torch.float32, tile_constants(lifted.program, block_size), 4, 1, types)
 
 
 def _compile(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -570,6 +571,54 @@ def test_a_nan_names_the_training_document(place, tmp_path, monkeypatch, setting
     assert named
     assert all("What is" in text and "6" in text for text in named), "the documents themselves"
     assert (tmp_path / "nonfinite_batch.pt").is_file()
+
+
+@pytest.mark.parametrize("held", ["heldout.limit=4", "heldout.percent=0"])
+def test_weights_spoiled_by_the_last_step_are_no_finished_run(place, tmp_path, capsys, held):
+    wrecks = ["optimizer=sgd", "optimizer.lr=1e30", "trainer.gradient_clip_val=null", "trainer.max_steps=2"]
+    with pytest.raises(SystemExit) as stopped:
+        recipe.run_config(composed(tmp_path, *small(place, held, *wrecks)))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert re.search(r"error: the weights are finite, but .* 2 optimizer steps.*: training document \d+ \(", said)
+    assert said.count("\n") == 1
+    assert (tmp_path / "nonfinite_batch.pt").is_file()
+    assert not list((tmp_path / "checkpoints").glob("*"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_heldout_loss_that_is_not_finite_is_no_finished_run(place, tmp_path, monkeypatch):
+    """Before training nothing is lost by stopping, after it the checkpoint has a name of its own."""
+    losses = iter([1.0, math.nan])
+    monkeypatch.setattr(recipe, "_heldout_loss", lambda *_, **__: next(losses))
+    with pytest.raises(
+        NonFiniteLossError, match=r"loss is nan after 6 steps, whose checkpoint is \S+/nonfinite\.ckpt;"
+    ):
+        recipe.finetune(composed(tmp_path, *small(place)))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["nonfinite.ckpt"]
+    assert not (tmp_path / "model").exists()
+    losses = iter([math.inf])
+    with pytest.raises(NonFiniteLossError, match="the held-out loss is inf before training: the weights"):
+        recipe.finetune(composed(tmp_path / "before", *small(place)))
+
+
+def test_an_error_of_the_sample_costs_no_model(place, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no sample")
+
+    monkeypatch.setattr(recipe, "complete", fails)
+    with pytest.raises(RuntimeError, match="no sample"):
+        recipe.finetune(composed(tmp_path, *small(place, "trainer.max_steps=1")))
+    build_model(tmp_path / "model")
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+    assert OmegaConf.load(tmp_path / "config.yaml").steps.total == 1
+
+
+def test_a_run_without_a_metrics_file_lists_none(place, tmp_path):
+    summary = recipe.finetune(composed(tmp_path, *small(place, "trainer.max_steps=1", "logger.csv=null")))
+    assert "metrics" not in summary.files
+    assert (tmp_path / "loss.png").is_file()
+    assert all((ROOT / path).exists() for path in summary.files.values())
 
 
 def test_out_of_memory_in_one_line():

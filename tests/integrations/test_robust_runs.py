@@ -221,6 +221,72 @@ def test_the_guard_looks_one_batch_back_where_the_host_runs_ahead(tmp_path):
         assert saved["lengths"] == [rows[first]["lengths"]]
 
 
+class SpoilWeights(L.Callback):
+    """What the last optimizer step leaves: one such weight, or a head whose logits overflow."""
+
+    def __init__(self, step, weight=None):
+        self.step, self.weight = step, weight
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step != self.step:
+            return
+        if self.weight is not None:
+            pl_module.model.model.embed_tokens.weight[0, 0] = self.weight
+            return
+        for part in (pl_module.model.model.norm, pl_module.model.lm_head):
+            part.weight.mul_(1e25)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "found"),
+    [
+        ({"weight": torch.nan}, "the weights are not finite after 2 optimizer steps. Saved the batch to "),
+        ({"weight": -torch.inf}, "the weights are not finite after 2 optimizer steps. Saved the batch to "),
+        (
+            {},
+            "the weights are finite, but give the last batch a loss of nan after 2 optimizer steps. Saved",
+        ),
+    ],
+    ids=["nan", "infinity", "too large"],
+)
+def test_weights_that_the_last_step_spoils_end_the_run(tmp_path, spoiled, found):
+    model = tiny_model()
+    fit = trainer(tmp_path, [PackFlexCallback(), NonFiniteLossGuard(), SpoilWeights(2, **spoiled)], max_steps=2)
+    with pytest.raises(NonFiniteLossError, match=re.escape(found)) as error:
+        fit.fit(CausalLMModule(model, SGD), data())
+    assert re.search(r"document 0 of row 0 \(\d+ tokens: .*Go on from a checkpoint before\. Common", str(error.value))
+    assert len(torch.load(tmp_path / "nonfinite_batch.pt", weights_only=True)["lengths"]) == 2
+    assert model.training, "as it was"
+
+
+class FrozenPart(L.Callback):
+    """A part in evaluation mode, and the random state as training ends, before and after the guard's look."""
+
+    def __init__(self, states):
+        self.states = states
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        pl_module.model.model.layers[0].eval()
+
+    def on_train_end(self, trainer, pl_module):
+        self.states.append((torch.get_rng_state(), [part.training for part in pl_module.modules()]))
+
+
+def test_the_look_at_the_end_changes_nothing(tmp_path):
+    """Neither random states, which a checkpoint will hold, nor modes."""
+    states = []
+    callbacks = [PackFlexCallback(leak_check=False), FrozenPart(states), NonFiniteLossGuard(), FrozenPart(states)]
+    module = CausalLMModule(tiny_model(), SGD)
+    module.dropout = torch.nn.Dropout(0.5)
+    module.model.model.embed_tokens.register_forward_hook(lambda part, args, out: module.dropout(out))
+    trainer(tmp_path, callbacks, max_steps=2).fit(module, data())
+    (before, modes), (after, modes_after) = states
+    assert torch.equal(before, after)
+    assert modes == modes_after
+    assert {True, False} == set(modes)
+
+
 class Noting(NonFiniteLossGuard):
     """Notes what it says on each rank in a file, before the first process to end has the others killed."""
 
@@ -231,6 +297,35 @@ class Noting(NonFiniteLossGuard):
             (self.dirpath / f"rank{torch.distributed.get_rank()}").write_text(str(error))
             torch.distributed.barrier()
             raise
+
+
+class SpoilOne(SpoilWeights):
+    """On one rank alone."""
+
+    def on_train_batch_end(self, trainer, pl_module, *arguments):
+        if trainer.global_rank == 1:
+            super().on_train_batch_end(trainer, pl_module, *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoiled", [{"weight": torch.nan}, {}], ids=["nan", "too large"])
+def test_all_ranks_stop_at_weights_that_the_last_step_spoils_on_one(tmp_path, spoiled):
+    class NotingEnd(NonFiniteLossGuard):
+        def _check_end(self, trainer, pl_module):
+            with pytest.raises(NonFiniteLossError) as error:
+                super()._check_end(trainer, pl_module)
+            (tmp_path / f"rank{trainer.global_rank}").write_text(str(error.value))
+
+    callbacks = [PackFlexCallback(leak_check=False), NotingEnd(tmp_path), SpoilOne(2, **spoiled)]
+    fit = trainer(tmp_path, callbacks, max_steps=2, devices=2, strategy="ddp_fork")
+    fit.fit(CausalLMModule(tiny_model(), SGD), data(batch_size=1))
+    messages = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
+    assert messages[0] == messages[1]
+    if "weight" in spoiled:
+        assert "not finite after 2 optimizer steps" in messages[0]
+    else:
+        assert "but give the last batch of rank 1 a loss of nan" in messages[0]
+        assert "of rank 0" not in messages[0]
 
 
 @pytest.mark.slow

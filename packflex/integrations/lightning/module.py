@@ -73,7 +73,7 @@ class CausalLMModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The batch's summed loss in units of about its size."""
-        total, count = self._loss(batch, self.loss_weighting)
+        total, count = self.batch_loss(batch, self.loss_weighting)
         self._unit = self._unit or self._common_unit(batch["labels"])
         self._totals.append((total.detach(), count))
         return total / self._unit
@@ -115,7 +115,7 @@ class CausalLMModule(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the batch to the sums."""
-        total, count = self._loss(batch, "token")
+        total, count = self.batch_loss(batch)
         self._val_totals.append((total.detach(), count))
 
     def on_validation_epoch_end(self) -> None:
@@ -134,7 +134,7 @@ class CausalLMModule(L.LightningModule):
         scheduler = self._make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _loss(self, batch: dict[str, Any], weighting: str) -> tuple[Tensor, Tensor]:
+    def batch_loss(self, batch: dict[str, Any], weighting: str = "token") -> tuple[Tensor, Tensor]:
         """Summed loss of a batch and the sum of its weights."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch["labels"]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from _sharding import whole_copy
+from _checkpoints import progress
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
@@ -24,7 +22,7 @@ from packflex.attention.api import BACKENDS
 from packflex.data.errors import one_line
 from packflex.data.tokenized_stream import KINDS
 from packflex.integrations.lightning import callback, module
-from packflex.integrations.lightning.resume import loader_states, steps_to_come
+from packflex.integrations.lightning.resume import steps_to_come
 from packflex.losses import WEIGHTINGS
 from packflex.models import SetupError, checked_name, is_pretrained
 from packflex.report import complete
@@ -51,7 +49,6 @@ _WHOLE_NUMBERS = {
 }
 # Groups whose settings are handed on when the run has got there, outside Hydra's own instantiation.
 _HANDED_ON = ("data", "tokenize", "optimizer", "scheduler", "module", "datamodule")
-_NOT_OF_OPTIMIZERS = {"params", "initial_lr"}  # in their groups of parameters; the second is a scheduler's
 
 
 def check_settings(config: DictConfig) -> None:
@@ -180,105 +177,6 @@ def _check_devices(trainer: DictConfig) -> None:
         raise SetupError(f"trainer.devices={trainer.devices}, and there are {found} GPUs; ask for at most {found}")
 
 
-def check_checkpoint(path: str | None, max_steps: int) -> int:
-    """Refuse a checkpoint that a run cannot go on from, before the data is read.
-
-    Returns:
-        Optimizer steps done so far, 0 without a checkpoint.
-
-    Raises:
-        SetupError: no such file or (sharded) folder, a file that is no checkpoint, or one of a longer run.
-    """
-    if path is None:
-        return 0
-    if Path(path).is_dir() and not (Path(path) / ".metadata").is_file():
-        raise SetupError(
-            f"{path}: a folder that is no sharded checkpoint; ckpt_path is a file such as checkpoints/last.ckpt, or "
-            "the folder that trainer=fsdp wrote in its place"
-        )
-    if not Path(path).exists():
-        if (copy := whole_copy(Path(path))) is not None:
-            raise SetupError(
-                f"{path}: not there, for a run was killed while it replaced it; a whole one is {copy}: give that, or "
-                "rename it"
-            )
-        raise SetupError(
-            f"{path}: no such checkpoint; ckpt_path is a file that a run wrote, such as checkpoints/last.ckpt"
-        )
-    try:
-        steps = _loaded(path)["global_step"]
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise SetupError(f"{path}: no checkpoint of this recipe; give one such as checkpoints/last.ckpt") from error
-    if 0 <= max_steps < steps:
-        raise SetupError(
-            f"{path}: this run has done its {steps} steps, and trainer.max_steps={max_steps}; raise trainer.max_steps "
-            "to go on"
-        )
-    return steps
-
-
-def check_same_model(path: str | None, module: L.LightningModule) -> None:
-    """Refuse a checkpoint of another model.
-
-    Raises:
-        SetupError: naming the first weight that differs.
-    """
-    if path is None or Path(path).is_dir():
-        return
-    saved = {name: tuple(value.shape) for name, value in _loaded(path)["state_dict"].items()}
-    mine = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    for name in sorted(saved.keys() | mine.keys()):
-        if saved.get(name) != mine.get(name):
-            raise SetupError(
-                f"{path}: a checkpoint of another model: {name} has shape {saved.get(name, 'none')} there and "
-                f"{mine.get(name, 'none')} here; resume with the settings of its run (its config.yaml)"
-            )
-
-
-def check_same_optimizer(path: str | None, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a checkpoint of another optimizer, or of none.
-
-    Raises:
-        SetupError: with the settings of both.
-    """
-    if path is None or Path(path).is_dir():
-        return
-    saved = _loaded(path).get("optimizer_states")
-    if not saved:
-        raise SetupError(
-            f"{path}: holds weights without an optimizer (save_weights_only), so no run can go on from it; give "
-            "another checkpoint"
-        )
-    there, here = (set(of["param_groups"][0]) - _NOT_OF_OPTIMIZERS for of in (saved[0], optimizer.state_dict()))
-    # both ways: another version of torch may have a setting more
-    if there - here and here - there:
-        raise SetupError(
-            f"{path}: written with another optimizer: it has {', '.join(sorted(there - here))}, and "
-            f"{type(optimizer).__name__} has {', '.join(sorted(here - there))} instead; resume with the optimizer of "
-            "its run (its config.yaml), or start a new run from its model (model.path=...)"
-        )
-
-
-def check_sharded(path: str | None, trainer: L.Trainer) -> None:
-    """Refuse a sharded checkpoint where the run is not.
-
-    Raises:
-        SetupError: with the reason.
-    """
-    if path is not None and Path(path).is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
-        raise SetupError(
-            f"{path}: a sharded checkpoint, which only trainer=fsdp goes on from, on one device too: trainer=fsdp "
-            "trainer.devices=1"
-        )
-
-
-def _loaded(path: str) -> dict[str, Any]:
-    """A checkpoint whose tensors stay on the disk; of a sharded one, what is not sharded."""
-    if Path(path).is_dir():
-        path = f"{path}/meta.pt"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
 def check_sharing(config: DictConfig, trainer: L.Trainer) -> None:
     """Refuse ranks that cannot share rows.
 
@@ -317,14 +215,6 @@ def check_single_run(trainer: L.Trainer) -> None:
             "--multirun included, so every rank would run a sweep of its own; start one run for each setting, use "
             "trainer.devices=1, or a launcher that starts the ranks (hydra/launcher=slurm)"
         )
-
-
-def _progress(path: str | None) -> tuple[int, dict[str, Any] | None]:
-    """Optimizer steps of a checkpoint, and where its training loader stood."""
-    if path is None:
-        return 0, None
-    checkpoint = _loaded(path)
-    return checkpoint["global_step"], next(iter(loader_states(checkpoint)), None)
 
 
 def check_stream(config: DictConfig) -> None:
@@ -390,7 +280,7 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int | None) -> None:
         sharing = config.trainer.context_parallel_size
         rows_per_step = config.packing.batch_size * (trainer.world_size // sharing)
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
-        done, state = _progress(config.ckpt_path)
+        done, state = progress(config.ckpt_path)
         by_epochs = done + steps_to_come(rows, rows_per_step, trainer.accumulate_grad_batches, epochs, state)
         total = min(by_epochs, trainer.max_steps if trainer.max_steps > 0 else math.inf)
         if math.isinf(total):

@@ -29,13 +29,10 @@ import datasets
 import hydra
 import lightning as L
 import torch
+from _checkpoints import check_checkpoint, check_same_loss, check_same_model, check_same_optimizer, check_sharded
 from _checks import (
-    check_checkpoint,
     check_monitors,
-    check_same_model,
-    check_same_optimizer,
     check_settings,
-    check_sharded,
     check_sharing,
     check_single_run,
     check_stream,
@@ -114,6 +111,7 @@ def _finetune(config: DictConfig, signals: StopSignals) -> RunSummary:
     check_settings(config)
     join_ranks(config)
     first_step = check_checkpoint(config.ckpt_path, config.trainer.max_steps)
+    check_same_loss(config.ckpt_path, config.module.loss_weighting)
     L.seed_everything(config.seed, verbose=False)
     callbacks = [signals, *(instantiate(c) for c in config.callbacks.values() if c)]
     loggers = [instantiate(c) for c in config.logger.values() if c]

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import finetune as recipe  # noqa: E402
-from _checks import check_checkpoint  # noqa: E402
+from _checkpoints import changed_settings, check_checkpoint  # noqa: E402
 from _data import load_splits, prepare  # noqa: E402
 from _errors import one_line_of  # noqa: E402
 from _sharding import FullyShardedStrategy, whole_copy  # noqa: E402
@@ -325,8 +325,45 @@ def test_checkpoints_that_do_not_fit(place, tmp_path):
     )
     with pytest.raises(SetupError, match=other):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "optimizer=sgd")))
+    settings = (
+        r"its run had optimizer\.lr=2e-05, and this one has optimizer\.lr=0\.5, which .* resume with the settings"
+    )
+    with pytest.raises(SetupError, match=settings):
+        recipe.finetune(composed(tmp_path, *small(place, checkpoint, "optimizer.lr=0.5")))
+    settings = (
+        r"had optimizer\.betas=\[0\.9, 0\.95\], optimizer\.weight_decay=0\.01, and this one has .*=\[0\.8, 0\.95\]"
+    )
+    changed = ["optimizer.betas=[0.8,0.95]", "optimizer.weight_decay=0.1"]
+    with pytest.raises(SetupError, match=settings):
+        recipe.finetune(composed(tmp_path, *small(place, checkpoint, *changed)))
+    with pytest.raises(
+        SetupError, match=r"had module\.loss_weighting=token, and this one has .*=sqrt; resume with that"
+    ):
+        recipe.finetune(composed(tmp_path, *small(place, checkpoint, "module.loss_weighting=sqrt")))
     with pytest.raises(ValueError, match="the checkpoint's loader had seed=0, this one has 1"):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "datamodule.seed=1")))
+
+
+def test_settings_that_a_run_goes_on_with():
+    """What a scheduler moves is not compared, nor how an optimizer computes."""
+
+    def made(make_scheduler, **settings):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], **({"lr": 0.1} | settings))
+        return optimizer, make_scheduler(optimizer)
+
+    for make in (
+        lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=4),
+    ):
+        ran, schedule = made(make)
+        for _ in range(2):
+            ran.step()
+            schedule.step()
+        (saved,) = ran.state_dict()["param_groups"]
+        for settings, changed in (({}, []), ({"foreach": True}, []), ({"eps": 1e-6}, ["eps"])):
+            (group,) = made(make, **settings)[0].state_dict()["param_groups"]
+            names = changed_settings(torch.optim.AdamW, saved, group)
+            assert names == changed, (names, settings)
 
 
 def test_a_checkpoint_of_weights_alone_is_refused(place, tmp_path):

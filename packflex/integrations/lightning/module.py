@@ -126,6 +126,10 @@ class CausalLMModule(L.LightningModule):
             raise ValueError("the held-out documents have no supervised token; check the data's labels")
         self.log("val/loss", total / count, prog_bar=True, sync_dist=self.trainer.world_size > 1)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the weighting, which a run that goes on from here should share."""
+        checkpoint["loss_weighting"] = self.loss_weighting
+
     def configure_optimizers(self) -> Any:
         """Optimizer over the parameters that are trained, and the scheduler by steps."""
         optimizer = self._make_optimizer([p for p in self.parameters() if p.requires_grad])

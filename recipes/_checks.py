@@ -136,6 +136,20 @@ def tried(group: str, make: Callable[[Any], Any], argument: Any) -> Any:
         ) from error
 
 
+def check_attention(config: DictConfig, callbacks: Sequence[L.Callback]) -> None:
+    """Refuse packed rows for a model whose attention nobody switches.
+
+    Raises:
+        SetupError: with the callback to keep.
+    """
+    ours = issubclass(get_class(config.module._target_), module.CausalLMModule)
+    if ours and not any(isinstance(each, callback.PackFlexCallback) for each in callbacks):
+        raise SetupError(
+            "no PackFlexCallback among callbacks: without it the documents of a row see one another; leave "
+            "callbacks.packflex as it is (attention.leak_check=false leaves out its check for leaks)"
+        )
+
+
 def check_monitors(config: DictConfig, callbacks: Sequence[L.Callback]) -> None:
     """Refuse callbacks that wait for a metric that will not come.
 

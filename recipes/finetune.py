@@ -31,6 +31,7 @@ import lightning as L
 import torch
 from _checkpoints import check_checkpoint, check_same_loss, check_same_model, check_same_optimizer, check_sharded
 from _checks import (
+    check_attention,
     check_monitors,
     check_settings,
     check_sharing,
@@ -130,6 +131,7 @@ def _finetune(config: DictConfig, signals: StopSignals) -> RunSummary:
     check_single_run(trainer)
     check_sharded(config.ckpt_path, trainer)
     check_sharing(config, trainer)
+    check_attention(config, callbacks)
     check_monitors(config, callbacks)
 
     data = prepare(config)

@@ -261,6 +261,7 @@ def test_wrong_data(content, percent, message, place, tmp_path):
             ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/los"],
             "EarlyStopping monitors val/los, which nobody logs; choose one of packing/documents, packing/efficiency,",
         ),
+        (["callbacks.packflex=null"], "no PackFlexCallback among callbacks: without it the documents of a row see"),
         (["callbacks.checkpoint.monitor=val/los"], "ModelCheckpoint monitors val/los, which nobody logs;"),
         (["+optimizer.foo=1"], "optimizer.foo: torch.optim.adamw.AdamW takes no such option; it takes params, lr,"),
         (["+scheduler.foo=1"], "scheduler.foo: transformers.optimization.get_cosine_schedule_with_warmup takes no"),

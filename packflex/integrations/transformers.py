@@ -30,6 +30,7 @@ it does without packflex when there is no `attention_mask`.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any, cast
 
@@ -115,6 +116,20 @@ def transformers_models(module: nn.Module) -> list[PreTrainedModel]:
     for child in module.children():
         found.update(dict.fromkeys(transformers_models(child)))
     return list(found)
+
+
+def blind_models(module: nn.Module) -> list[PreTrainedModel]:
+    """The transformers models in `module` that would let packed documents see one another: nobody reads `packed`.
+
+    Not those whose attention function or whose own `forward` names `packed`, nor those inside a module that does.
+    """
+    found = [] if _takes_layout(module.forward) else transformers_models(module)
+    functions = ((one, AttentionInterface().get(one.config._attn_implementation)) for one in found)
+    return [one for one, function in functions if not _takes_layout(function) and not _takes_layout(one.forward)]
+
+
+def _takes_layout(function: Any) -> bool:
+    return function is not None and "packed" in inspect.signature(function).parameters
 
 
 def _bodies(model: PreTrainedModel) -> list[PreTrainedModel]:

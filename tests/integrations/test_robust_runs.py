@@ -26,14 +26,23 @@ from packflex.integrations.lightning import (
     SaveOnSignal,
     is_out_of_memory,
 )
+from packflex.integrations.transformers import enable_packflex
 from packflex.parallel.layout import shard_batch
-from tests.integrations.test_lightning import SEQ_LEN, SGD, Recorder, packed_rows, tiny_model, trainer
+from tests.integrations.test_lightning import SEQ_LEN, SGD, Recorder, packed_rows, trainer
 from tests.integrations.test_lightning import pytestmark as quiet
+from tests.integrations.test_lightning import tiny_model as plain_model
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 pytestmark = quiet
 BAD = 63  # a token whose embedding comes out as NaN in these tests
+
+
+def tiny_model(seed=0):
+    """One that needs no `PackFlexCallback`."""
+    model = plain_model(seed)
+    enable_packflex(model)
+    return model
 
 
 class SendSignal(L.Callback):

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from packflex.integrations._output_head import OutputHead, output_head
+from packflex.integrations.transformers import blind_models
 from packflex.losses import WEIGHTINGS, linear_next_token_loss, next_token_loss, token_weights
 
 LOSSES = ("logits", "chunked", "liger")
@@ -40,7 +41,8 @@ class CausalLMModule(L.LightningModule):
 
     Raises:
         ValueError: an unknown weighting or loss, or a model whose output head the loss cannot replace.
-        ImportError: `loss="liger"` without liger-kernel.
+        ImportError: `loss="liger"` without liger-kernel. And in training and validation,
+        ValueError: a batch with `packed` and a model whose attention does not read it, without `PackFlexCallback`.
     """
 
     def __init__(
@@ -140,6 +142,12 @@ class CausalLMModule(L.LightningModule):
 
     def batch_loss(self, batch: dict[str, Any], weighting: str = "token") -> tuple[Tensor, Tensor]:
         """Summed loss of a batch and the sum of its weights."""
+        if batch.get("packed") is not None and (blind := blind_models(self.model)):
+            raise ValueError(
+                f"the batch is packed, and {type(blind[0]).__name__} attends through "
+                f"{blind[0].config._attn_implementation!r}, so its documents would see one another: give the trainer "
+                "PackFlexCallback(), or call packflex.integrations.transformers.enable_packflex(model)"
+            )
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch["labels"]
         weights = token_weights(labels, batch.get("packed"), weighting)

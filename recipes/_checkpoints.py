@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,9 @@ def _optimizer_groups(path: str) -> list[dict[str, Any]]:
     prefix = "optimizer_0.param_groups."
     names = [n for n in dcp.FileSystemReader(path).read_metadata().state_dict_metadata if n.startswith(prefix)]
     values: dict[str, Any] = dict.fromkeys(names)
-    dcp.load(values, checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*load in a single process", UserWarning)
+        dcp.load(values, checkpoint_id=path, no_dist=True)
     groups: dict[int, dict[str, Any]] = {}
     for name, value in values.items():
         number, _, setting = name.removeprefix(prefix).partition(".")

@@ -20,6 +20,8 @@ honoured.
 - `position_ids` that are missing are filled in from the layout;
 - no S x S mask is built. transformers does not know that nobody will read it: [B, 1, S, S] booleans and several
   temporaries of that size, 512 MiB each for 8 rows of 8192, and without a cache one wait for the device;
+- an `attention_mask` that the layout was made from (`packed_from_mask=True` says so) is left to whoever counts tokens
+  by it, and not handed on;
 - `use_cache` left at its default is off: keys and values of a packed row would be copied into a cache that no
   `generate` can continue from;
 - the choice of a backend belongs to the model.
@@ -146,7 +148,7 @@ class _PackedCall:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        packed = kwargs.get("packed")
+        packed, from_mask = kwargs.get("packed"), kwargs.get("packed_from_mask", False)
         if packed is None:
             return None
         if len(args) > 1:
@@ -159,13 +161,13 @@ class _PackedCall:
         if tokens is None:
             return None  # the model says what is missing
         _check_layout(packed, (tokens.shape[0], tokens.shape[1]), tokens.device, "input tokens")
-        if kwargs.get("attention_mask") is not None:
+        if kwargs.get("attention_mask") is not None and not from_mask:
             raise ValueError(
                 "packed and attention_mask were both given. The layout already says which tokens are padding (the "
                 "tail of a row) and which belong together; drop attention_mask from the batch, or leave packed out to "
                 "have the mask honoured"
             )
-        kwargs = dict(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name != "packed_from_mask"}
         kwargs["attention_mask"] = _placeholder_mask(packed, tokens.device)
         if kwargs.get("position_ids") is None:
             if isinstance(packed, ShardedLayout):

@@ -475,7 +475,7 @@ def signalled(batch):
 
 @pytest.mark.parametrize("validated", ["null", "2"])
 def test_a_run_resumed_in_its_folder_has_the_metrics_of_both_parts(place, tmp_path, monkeypatch, validated):
-    """After a signal, and once more after its end; also where Lightning validates as it stops."""
+    """After a signal, and once more after its end; also where a validation was due at the signal."""
     settings = small(place, "steps.total=8", f"trainer.val_check_interval={validated}")
     recipe.finetune(composed(tmp_path / "whole", *settings, "trainer.max_steps=8"))
     with pytest.raises(SystemExit):

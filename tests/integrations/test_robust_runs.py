@@ -100,6 +100,55 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(tmp_path, num
     assert all(torch.equal(a, b) for a, b in zip(whole.gradients, second.gradients, strict=True))
 
 
+class Validations(L.Callback):
+    """Steps after which a validation began, in a file of each rank."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_validation_start(self, trainer, pl_module):
+        with (self.folder / f"validations{trainer.global_rank}").open("a") as file:
+            file.write(f"{trainer.global_step} ")
+
+    def seen(self, rank=0):
+        path = self.folder / f"validations{rank}"
+        return path.read_text().split() if path.exists() else []
+
+
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
+@pytest.mark.parametrize("monitor", [None, "val/loss"])
+@pytest.mark.parametrize(("batch", "before"), [(4, []), (9, []), (10, ["10"]), (15, ["10"])])
+def test_no_validation_comes_after_the_checkpoint_of_a_signal(tmp_path, batch, before, monitor):
+    """In the first and the second of two epochs of 10 batches, in their middle and at their end."""
+    rows = packed_rows().select(range(10))
+    held = PackedDataModule(rows, rows, seq_len=SEQ_LEN, batch_size=1, seed=5)
+    callbacks = [ModelCheckpoint(tmp_path, monitor=monitor), Validations(tmp_path), SaveOnSignal(tmp_path)]
+    callbacks.append(SendSignal(signal.SIGTERM, batch))
+    options = {"enable_checkpointing": True, "num_sanity_val_steps": 0}
+    fit = trainer(tmp_path, callbacks, max_steps=-1, max_epochs=4, **options)
+    module = CausalLMModule(tiny_model(), SGD)
+    fit.fit(module, held)
+    assert fit.global_step == batch + 1
+    assert callbacks[1].seen() == before
+    assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == batch + 1
+    assert fit.validate(module, held, verbose=False)[0]["val/loss"] > 0, "the trainer validates as before"
+
+
+def test_a_schedule_by_the_heldout_loss_gets_it_at_a_signal_too(tmp_path):
+    class Plateau(CausalLMModule):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+
+    rows = packed_rows().select(range(6))
+    held = PackedDataModule(rows, rows, seq_len=SEQ_LEN, batch_size=1, seed=5)
+    stopper = SaveOnSignal(tmp_path)
+    fit = trainer(tmp_path, [stopper, SendSignal(signal.SIGTERM, 5)], max_steps=-1, max_epochs=4)
+    fit.fit(Plateau(tiny_model(), SGD), held)
+    assert stopper.checkpoint is not None
+
+
 @pytest.mark.parametrize(
     ("limits", "batch"),
     [
@@ -166,9 +215,13 @@ class SendToOne(SendSignal):
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
     """At once, however slow the steps are: schedulers wait for half a minute."""
-    callbacks = [SaveOnSignal(tmp_path), SendToOne(signal.SIGTERM, 2)]
-    fit = trainer(tmp_path, callbacks, max_steps=8, devices=2, strategy="ddp_fork")
-    fit.fit(CausalLMModule(tiny_model(), SGD), data(batch_size=1))
+    callbacks = [SaveOnSignal(tmp_path), SendToOne(signal.SIGTERM, 2), Validations(tmp_path)]
+    every_two = {"val_check_interval": 2, "num_sanity_val_steps": 0}
+    fit = trainer(tmp_path, callbacks, max_steps=8, devices=2, strategy="ddp_fork", **every_two)
+    rows = packed_rows()
+    held = PackedDataModule(rows, rows.select(range(4)), seq_len=SEQ_LEN, batch_size=1, seed=5)
+    fit.fit(CausalLMModule(tiny_model(), SGD), held)
+    assert [callbacks[-1].seen(rank) for rank in range(2)] == [["2"], ["2"]], "none as they stop"
     assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == 3
 
 
@@ -482,3 +535,8 @@ def test_profile_of_a_run_that_ends_first(tmp_path):
     profile = ProfileSteps(tmp_path, skip=1, record=20)
     trainer(tmp_path, [profile], max_steps=3).fit(CausalLMModule(tiny_model(), SGD), data())
     assert (tmp_path / "trace.json").is_file()
+    late = trainer(tmp_path / "late", [ProfileSteps(tmp_path / "late", skip=3)], max_steps=3)
+    with pytest.warns(
+        UserWarning, match="recorded nothing: the run ended after 3 batches, and it skips the first 3; set"
+    ):
+        late.fit(CausalLMModule(tiny_model(), SGD), data())

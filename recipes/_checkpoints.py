@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def _plain(value: Any) -> Any:
     """A setting as it is compared: lists come back from checkpoints as tuples, numbers may be tensors."""
     if isinstance(value, torch.Tensor):
         return value.tolist()
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+    return [_plain(each) for each in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _optimizer_groups(path: str) -> list[dict[str, Any]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -19,12 +20,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from packflex.attention.api import BACKENDS
-from packflex.data.errors import one_line
+from packflex.data.chat import Turns
+from packflex.data.loader import ORDERS
+from packflex.data.tokenize import OnUnsupervised
 from packflex.data.tokenized_stream import KINDS
 from packflex.integrations.lightning import callback, module
 from packflex.integrations.lightning.resume import steps_to_come
 from packflex.losses import WEIGHTINGS
 from packflex.models import SetupError, checked_name, is_pretrained
+from packflex.packing.strategies import OVERFLOWS, STRATEGIES
 from packflex.report import complete
 
 # Least value of settings that are whole numbers, and whether null is one of their values.
@@ -47,6 +51,22 @@ _WHOLE_NUMBERS = {
     "steps.warmup": (0, True),
     "sample.max_new_tokens": (1, False),
 }
+# Least and greatest value of other numbers, and and whether that is one of its values.
+_NUMBERS = {
+    "heldout.percent": (0, 100, False),
+    "steps.warmup_share": (0, 1, True),
+    "sample.temperature": (0, math.inf, False),
+}
+# The values of settings that are one of a few words.
+_WORDS: dict[str, Sequence[str]] = {
+    "tokenize.turns": get_args(Turns),
+    "tokenize.on_unsupervised": get_args(OnUnsupervised),
+    "packing.strategy": tuple(STRATEGIES),
+    "packing.overflow": OVERFLOWS,
+    "packing.order": ORDERS,
+    "module.loss_weighting": WEIGHTINGS,
+    "module.loss": module.LOSSES,
+}
 # Groups whose settings are handed on when the run has got there, outside Hydra's own instantiation.
 _HANDED_ON = ("data", "tokenize", "optimizer", "scheduler", "module", "datamodule")
 
@@ -67,8 +87,14 @@ def check_settings(config: DictConfig) -> None:
         value = OmegaConf.select(config, name)
         if value is None and nullable:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not _is_whole(value, least):
             raise SetupError(f"{name}={value} must be a whole number of at least {least}")
+    check_words(config)
+    for name, (low, high, both) in _NUMBERS.items():
+        value = OmegaConf.select(config, name)
+        if not _is_number(value) or not (low <= value < high or (both and value == high)):
+            top = "" if math.isinf(high) else f" to {high}" if both else f" to below {high}"
+            raise SetupError(f"{name}={value} must be a number from {low}{top or ' upwards'}")
     rates = {"optimizer.lr": config.optimizer.lr} | {f"learning_rate.{k}": v for k, v in config.learning_rate.items()}
     for name, value in rates.items():
         if value is not None and not (_is_number(value) and value > 0):
@@ -76,6 +102,14 @@ def check_settings(config: DictConfig) -> None:
     for name in ("max_steps", "max_epochs"):
         if config.trainer[name] == 0:
             raise SetupError(f"trainer.{name}=0 trains nothing; set it above 0, or to -1 where the other ends the run")
+    _check_validations(config.trainer)
+    for name, whole in (("limit_train_batches", 1.0), ("overfit_batches", 0)):
+        value = config.trainer.get(name, whole)
+        if value is not None and (value != whole or type(value) is not type(whole)):  # 1 is one batch, 1.0 all of them
+            raise SetupError(
+                f"trainer.{name}={value} cuts epochs short, and the schedule and resumed runs count whole ones; take "
+                "fewer documents (data.limit=...) or fewer steps (trainer.max_steps=...)"
+            )
     if config.trainer.limit_val_batches == 0 and _holds_out(config.heldout):
         raise SetupError("trainer.limit_val_batches=0 measures no held-out loss; hold no documents out instead "
                          "(heldout.percent=0 heldout.path=null heldout.split=null)")  # fmt: skip
@@ -85,9 +119,6 @@ def check_settings(config: DictConfig) -> None:
     if config.model.path is not None:
         checked_name(config.model.path)
     _check_devices(config.trainer)
-    for name, known in (("loss_weighting", WEIGHTINGS), ("loss", module.LOSSES)):
-        if config.module[name] not in known:
-            raise SetupError(f"module.{name}={config.module[name]} must be one of {', '.join(known)}")
     if config.module.loss == "liger":
         if config.trainer.accelerator == "cpu":
             raise SetupError("module.loss=liger is a GPU kernel; use module.loss=chunked, or trainer=gpu")
@@ -98,6 +129,39 @@ def check_settings(config: DictConfig) -> None:
         raise SetupError(f"attention.backend={backend} must be one of {', '.join(BACKENDS)}, or null for the best one")
     if backend in ("hopper", "triton", "torch") and config.trainer.accelerator == "cpu":
         raise SetupError(f"attention.backend={backend} trains on a GPU only; use attention=auto, or trainer=gpu")
+
+
+def check_words(config: DictConfig) -> None:
+    """Refuse settings that are none of the words they may be.
+
+    Raises:
+        SetupError: with those words.
+    """
+    for name, known in _WORDS.items():
+        value = OmegaConf.select(config, name, default=known[0])  # data=packed and evaluate.py have not all of them
+        if value not in known:
+            raise SetupError(f"{name}={value} must be one of {', '.join(known)}")
+
+
+def _check_validations(trainer: DictConfig) -> None:
+    """Refuse what Lightning cannot validate by: it says so after the data is read, or divides by it."""
+    interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    if not (epochs is None or _is_whole(epochs, 1)):
+        raise SetupError(
+            f"trainer.check_val_every_n_epoch={epochs} must be a whole number of at least 1, or null: "
+            "trainer.val_check_interval then counts batches over epochs"
+        )
+    timed = isinstance(interval, str) and re.fullmatch(r"\d+:\d\d:\d\d:\d\d", interval)
+    if not (interval is None or timed or _is_whole(interval, 1) or (isinstance(interval, float) and 0 < interval <= 1)):
+        raise SetupError(
+            f"trainer.val_check_interval={interval} must be a whole number of batches, a share of an epoch above 0 and "
+            "up to 1.0, a time 'DD:HH:MM:SS', or null for the end of each epoch"
+        )
+    if epochs is None and not (timed or _is_whole(interval, 1)):
+        raise SetupError(
+            f"trainer.check_val_every_n_epoch=null counts batches over epochs, and "
+            f"trainer.val_check_interval={interval} is no number of them"
+        )
 
 
 def check_options(config: DictConfig, groups: Sequence[str]) -> None:
@@ -129,10 +193,10 @@ def tried(group: str, make: Callable[[Any], Any], argument: Any) -> Any:
     """
     try:
         return make(argument)
-    except TypeError as error:
+    except (TypeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]  # OmegaConf adds where in its own lists
         raise SetupError(
-            f"{group}: it cannot be made with these settings ({one_line(error)}); --cfg job --package {group} shows "
-            "them"
+            f"{group}: it cannot be made with these settings ({reason}); --cfg job --package {group} shows them"
         ) from error
 
 
@@ -176,6 +240,10 @@ def _holds_out(heldout: DictConfig) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _check_devices(trainer: DictConfig) -> None:
@@ -288,11 +356,13 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int | None) -> None:
         if config.peft._target_ is not None:
             start = "adapters"
         config.optimizer.lr = config.learning_rate[start]
+    sharing = config.trainer.context_parallel_size
+    rows_per_step = config.packing.batch_size * (trainer.world_size // sharing)
     if rows is None:
         config.steps.total = trainer.max_steps
-    elif config.steps.total is None:
-        sharing = config.trainer.context_parallel_size
-        rows_per_step = config.packing.batch_size * (trainer.world_size // sharing)
+    else:
+        _check_interval(config.trainer, math.ceil(rows / rows_per_step))
+    if rows is not None and config.steps.total is None:
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
         done, state = progress(config.ckpt_path)
         by_epochs = done + steps_to_come(rows, rows_per_step, trainer.accumulate_grad_batches, epochs, state)
@@ -302,3 +372,13 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int | None) -> None:
         config.steps.total = int(total)
     if config.steps.warmup is None:
         config.steps.warmup = max(1, round(config.steps.total * config.steps.warmup_share))
+
+
+def _check_interval(trainer: DictConfig, batches: int) -> None:
+    """Refuse to validate after more batches than an epoch has, where they are counted from its first."""
+    interval = trainer.val_check_interval
+    if trainer.check_val_every_n_epoch is not None and _is_whole(interval, 1) and interval > batches:
+        raise SetupError(
+            f"trainer.val_check_interval={interval} is more than the batches of an epoch ({batches}); lower it, or let "
+            "it count over epochs with trainer.check_val_every_n_epoch=null"
+        )

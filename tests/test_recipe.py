@@ -261,6 +261,42 @@ def test_wrong_data(content, percent, message, place, tmp_path):
             ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/los"],
             "EarlyStopping monitors val/los, which nobody logs; choose one of packing/documents, packing/efficiency,",
         ),
+        (["sample.temperature=-1"], "sample.temperature=-1 must be a number from 0 upwards"),
+        (["sample.temperature=hot"], "sample.temperature=hot must be a number from 0 upwards"),
+        (["sample.temperature=nan"], "sample.temperature=nan must be a number from 0 upwards"),
+        (["heldout.percent=abc"], "heldout.percent=abc must be a number from 0 to below 100"),
+        (["heldout.percent=100"], "heldout.percent=100 must be a number from 0 to below 100"),
+        (["steps.warmup_share=abc"], "steps.warmup_share=abc must be a number from 0 to 1"),
+        (["steps.warmup_share=5"], "steps.warmup_share=5 must be a number from 0 to 1"),
+        (["trainer.val_check_interval=0"], "trainer.val_check_interval=0 must be a whole number of batches, a share"),
+        (["trainer.val_check_interval=0.0"], "trainer.val_check_interval=0.0 must be a whole number of batches"),
+        (["trainer.val_check_interval=1.5"], "trainer.val_check_interval=1.5 must be a whole number of batches"),
+        (["trainer.val_check_interval=often"], "trainer.val_check_interval=often must be a whole number of batches"),
+        (
+            ["trainer.check_val_every_n_epoch=0"],
+            "trainer.check_val_every_n_epoch=0 must be a whole number of at least 1",
+        ),
+        (
+            ["trainer.check_val_every_n_epoch=null"],
+            "trainer.check_val_every_n_epoch=null counts batches over epochs, and trainer.val_check_interval=None",
+        ),
+        (
+            ["trainer.val_check_interval=4", "data.limit=9"],
+            "trainer.val_check_interval=4 is more than the batches of an epoch (1); lower it, or let it count over",
+        ),
+        (["+trainer.limit_train_batches=5"], "trainer.limit_train_batches=5 cuts epochs short, and the schedule"),
+        (["+trainer.limit_train_batches=1"], "trainer.limit_train_batches=1 cuts epochs short"),
+        (["+trainer.limit_train_batches=0"], "trainer.limit_train_batches=0 cuts epochs short"),
+        (["+trainer.overfit_batches=0.5"], "trainer.overfit_batches=0.5 cuts epochs short"),
+        (["tokenize.turns=foo"], "tokenize.turns=foo must be one of all, last"),
+        (["tokenize.on_unsupervised=foo"], "tokenize.on_unsupervised=foo must be one of error, drop"),
+        (["packing.order=foo"], "packing.order=foo must be one of shuffle, balanced, sequential"),
+        (["packing.strategy=foo"], "packing.strategy=foo must be one of best_fit, next_fit, wrapped"),
+        (["packing.overflow=foo"], "packing.overflow=foo must be one of split, truncate, drop, error"),
+        (
+            ["optimizer.betas=[0.9]"],
+            "optimizer: it cannot be made with these settings (list index out of range); --cfg job --package optimizer",
+        ),
         (["callbacks.packflex=null"], "no PackFlexCallback among callbacks: without it the documents of a row see"),
         (["callbacks.checkpoint.monitor=val/los"], "ModelCheckpoint monitors val/los, which nobody logs;"),
         (["+optimizer.foo=1"], "optimizer.foo: torch.optim.adamw.AdamW takes no such option; it takes params, lr,"),
@@ -382,6 +418,24 @@ def test_early_stopping_ends_a_run(place, tmp_path):
     assert recipe.finetune(composed(tmp_path / "stops", *small(place, *settings, *stops))).steps == 8
     short = [*settings, "trainer.max_steps=3"]
     assert recipe.finetune(composed(tmp_path / "ends", *small(place, *short))).steps == 3
+
+
+def test_validations_counted_over_epochs(place, tmp_path):
+    """Epochs of 2 or 3 batches, and a validation after every 4 of them."""
+    every = ["trainer.val_check_interval=4", "trainer.check_val_every_n_epoch=null", "data.limit=20"]
+    summary = recipe.finetune(composed(tmp_path, *small(place, *every, "trainer.max_steps=9")))
+    assert 2 < summary.rows <= 6
+    steps = read_metrics(tmp_path / "metrics.csv", "val/loss")[0]
+    assert {0, 3, 7, 9} == set(steps), steps
+
+
+def test_whole_epochs_by_other_words_are_taken(place, tmp_path):
+    words = [
+        "+trainer.limit_train_batches=1.0",
+        "+trainer.overfit_batches=0",
+        "trainer.val_check_interval='00:00:10:00'",
+    ]
+    assert recipe.finetune(composed(tmp_path, *small(place, *words, "trainer.max_steps=1"))).steps == 1
 
 
 def test_a_metric_that_another_callback_does_not_log_is_one_line(place, tmp_path, capsys):

@@ -262,6 +262,7 @@ def test_chunked_loss_equals_that_of_the_logits(family):
         assert ours is None or torch.allclose(ours, exact, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_losses_that_cannot_be_had():
     with pytest.raises(ValueError, match="loss must be one of logits, chunked, liger; got 'fused'"):
         CausalLMModule(tiny_model(), SGD, loss="fused")
@@ -275,6 +276,12 @@ def test_losses_that_cannot_be_had():
         ValueError, match=r'cannot be had with this model: .* a Sequential, not a plain Linear.*"logits"'
     ):
         CausalLMModule(model, SGD, loss="chunked")
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        tiny_model(), peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    )
+    with pytest.raises(ValueError, match=r"its output embedding carries adapters \(peft\.tuners\.lora\.layer\), which"):
+        CausalLMModule(adapted, SGD, loss="chunked")
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])

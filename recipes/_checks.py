@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-import pickle
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
-from _sharding import whole_copy
+from _checkpoints import progress
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
@@ -21,12 +20,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from packflex.attention.api import BACKENDS
-from packflex.data.errors import one_line
+from packflex.data.chat import Turns
+from packflex.data.loader import ORDERS
+from packflex.data.tokenize import OnUnsupervised
 from packflex.data.tokenized_stream import KINDS
 from packflex.integrations.lightning import callback, module
-from packflex.integrations.lightning.resume import loader_states, steps_to_come
+from packflex.integrations.lightning.resume import steps_to_come
 from packflex.losses import WEIGHTINGS
 from packflex.models import SetupError, checked_name, is_pretrained
+from packflex.packing.strategies import OVERFLOWS, STRATEGIES
 from packflex.report import complete
 
 # Least value of settings that are whole numbers, and whether null is one of their values.
@@ -49,9 +51,24 @@ _WHOLE_NUMBERS = {
     "steps.warmup": (0, True),
     "sample.max_new_tokens": (1, False),
 }
+# Least and greatest value of other numbers, and and whether that is one of its values.
+_NUMBERS = {
+    "heldout.percent": (0, 100, False),
+    "steps.warmup_share": (0, 1, True),
+    "sample.temperature": (0, math.inf, False),
+}
+# The values of settings that are one of a few words.
+_WORDS: dict[str, Sequence[str]] = {
+    "tokenize.turns": get_args(Turns),
+    "tokenize.on_unsupervised": get_args(OnUnsupervised),
+    "packing.strategy": tuple(STRATEGIES),
+    "packing.overflow": OVERFLOWS,
+    "packing.order": ORDERS,
+    "module.loss_weighting": WEIGHTINGS,
+    "module.loss": module.LOSSES,
+}
 # Groups whose settings are handed on when the run has got there, outside Hydra's own instantiation.
 _HANDED_ON = ("data", "tokenize", "optimizer", "scheduler", "module", "datamodule")
-_NOT_OF_OPTIMIZERS = {"params", "initial_lr"}  # in their groups of parameters; the second is a scheduler's
 
 
 def check_settings(config: DictConfig) -> None:
@@ -70,8 +87,14 @@ def check_settings(config: DictConfig) -> None:
         value = OmegaConf.select(config, name)
         if value is None and nullable:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not _is_whole(value, least):
             raise SetupError(f"{name}={value} must be a whole number of at least {least}")
+    check_words(config)
+    for name, (low, high, both) in _NUMBERS.items():
+        value = OmegaConf.select(config, name)
+        if not _is_number(value) or not (low <= value < high or (both and value == high)):
+            top = "" if math.isinf(high) else f" to {high}" if both else f" to below {high}"
+            raise SetupError(f"{name}={value} must be a number from {low}{top or ' upwards'}")
     rates = {"optimizer.lr": config.optimizer.lr} | {f"learning_rate.{k}": v for k, v in config.learning_rate.items()}
     for name, value in rates.items():
         if value is not None and not (_is_number(value) and value > 0):
@@ -79,6 +102,14 @@ def check_settings(config: DictConfig) -> None:
     for name in ("max_steps", "max_epochs"):
         if config.trainer[name] == 0:
             raise SetupError(f"trainer.{name}=0 trains nothing; set it above 0, or to -1 where the other ends the run")
+    _check_validations(config.trainer)
+    for name, whole in (("limit_train_batches", 1.0), ("overfit_batches", 0)):
+        value = config.trainer.get(name, whole)
+        if value is not None and (value != whole or type(value) is not type(whole)):  # 1 is one batch, 1.0 all of them
+            raise SetupError(
+                f"trainer.{name}={value} cuts epochs short, and the schedule and resumed runs count whole ones; take "
+                "fewer documents (data.limit=...) or fewer steps (trainer.max_steps=...)"
+            )
     if config.trainer.limit_val_batches == 0 and _holds_out(config.heldout):
         raise SetupError("trainer.limit_val_batches=0 measures no held-out loss; hold no documents out instead "
                          "(heldout.percent=0 heldout.path=null heldout.split=null)")  # fmt: skip
@@ -88,9 +119,6 @@ def check_settings(config: DictConfig) -> None:
     if config.model.path is not None:
         checked_name(config.model.path)
     _check_devices(config.trainer)
-    for name, known in (("loss_weighting", WEIGHTINGS), ("loss", module.LOSSES)):
-        if config.module[name] not in known:
-            raise SetupError(f"module.{name}={config.module[name]} must be one of {', '.join(known)}")
     if config.module.loss == "liger":
         if config.trainer.accelerator == "cpu":
             raise SetupError("module.loss=liger is a GPU kernel; use module.loss=chunked, or trainer=gpu")
@@ -101,6 +129,39 @@ def check_settings(config: DictConfig) -> None:
         raise SetupError(f"attention.backend={backend} must be one of {', '.join(BACKENDS)}, or null for the best one")
     if backend in ("hopper", "triton", "torch") and config.trainer.accelerator == "cpu":
         raise SetupError(f"attention.backend={backend} trains on a GPU only; use attention=auto, or trainer=gpu")
+
+
+def check_words(config: DictConfig) -> None:
+    """Refuse settings that are none of the words they may be.
+
+    Raises:
+        SetupError: with those words.
+    """
+    for name, known in _WORDS.items():
+        value = OmegaConf.select(config, name, default=known[0])  # data=packed and evaluate.py have not all of them
+        if value not in known:
+            raise SetupError(f"{name}={value} must be one of {', '.join(known)}")
+
+
+def _check_validations(trainer: DictConfig) -> None:
+    """Refuse what Lightning cannot validate by: it says so after the data is read, or divides by it."""
+    interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    if not (epochs is None or _is_whole(epochs, 1)):
+        raise SetupError(
+            f"trainer.check_val_every_n_epoch={epochs} must be a whole number of at least 1, or null: "
+            "trainer.val_check_interval then counts batches over epochs"
+        )
+    timed = isinstance(interval, str) and re.fullmatch(r"\d+:\d\d:\d\d:\d\d", interval)
+    if not (interval is None or timed or _is_whole(interval, 1) or (isinstance(interval, float) and 0 < interval <= 1)):
+        raise SetupError(
+            f"trainer.val_check_interval={interval} must be a whole number of batches, a share of an epoch above 0 and "
+            "up to 1.0, a time 'DD:HH:MM:SS', or null for the end of each epoch"
+        )
+    if epochs is None and not (timed or _is_whole(interval, 1)):
+        raise SetupError(
+            f"trainer.check_val_every_n_epoch=null counts batches over epochs, and "
+            f"trainer.val_check_interval={interval} is no number of them"
+        )
 
 
 def check_options(config: DictConfig, groups: Sequence[str]) -> None:
@@ -132,11 +193,25 @@ def tried(group: str, make: Callable[[Any], Any], argument: Any) -> Any:
     """
     try:
         return make(argument)
-    except TypeError as error:
+    except (TypeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]  # OmegaConf adds where in its own lists
         raise SetupError(
-            f"{group}: it cannot be made with these settings ({one_line(error)}); --cfg job --package {group} shows "
-            "them"
+            f"{group}: it cannot be made with these settings ({reason}); --cfg job --package {group} shows them"
         ) from error
+
+
+def check_attention(config: DictConfig, callbacks: Sequence[L.Callback]) -> None:
+    """Refuse packed rows for a model whose attention nobody switches.
+
+    Raises:
+        SetupError: with the callback to keep.
+    """
+    ours = issubclass(get_class(config.module._target_), module.CausalLMModule)
+    if ours and not any(isinstance(each, callback.PackFlexCallback) for each in callbacks):
+        raise SetupError(
+            "no PackFlexCallback among callbacks: without it the documents of a row see one another; leave "
+            "callbacks.packflex as it is (attention.leak_check=false leaves out its check for leaks)"
+        )
 
 
 def check_monitors(config: DictConfig, callbacks: Sequence[L.Callback]) -> None:
@@ -167,6 +242,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _check_devices(trainer: DictConfig) -> None:
     if trainer.accelerator not in ("gpu", "cuda"):
         return
@@ -178,105 +257,6 @@ def _check_devices(trainer: DictConfig) -> None:
         )
     if isinstance(trainer.devices, int) and trainer.devices > found:
         raise SetupError(f"trainer.devices={trainer.devices}, and there are {found} GPUs; ask for at most {found}")
-
-
-def check_checkpoint(path: str | None, max_steps: int) -> int:
-    """Refuse a checkpoint that a run cannot go on from, before the data is read.
-
-    Returns:
-        Optimizer steps done so far, 0 without a checkpoint.
-
-    Raises:
-        SetupError: no such file or (sharded) folder, a file that is no checkpoint, or one of a longer run.
-    """
-    if path is None:
-        return 0
-    if Path(path).is_dir() and not (Path(path) / ".metadata").is_file():
-        raise SetupError(
-            f"{path}: a folder that is no sharded checkpoint; ckpt_path is a file such as checkpoints/last.ckpt, or "
-            "the folder that trainer=fsdp wrote in its place"
-        )
-    if not Path(path).exists():
-        if (copy := whole_copy(Path(path))) is not None:
-            raise SetupError(
-                f"{path}: not there, for a run was killed while it replaced it; a whole one is {copy}: give that, or "
-                "rename it"
-            )
-        raise SetupError(
-            f"{path}: no such checkpoint; ckpt_path is a file that a run wrote, such as checkpoints/last.ckpt"
-        )
-    try:
-        steps = _loaded(path)["global_step"]
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise SetupError(f"{path}: no checkpoint of this recipe; give one such as checkpoints/last.ckpt") from error
-    if 0 <= max_steps < steps:
-        raise SetupError(
-            f"{path}: this run has done its {steps} steps, and trainer.max_steps={max_steps}; raise trainer.max_steps "
-            "to go on"
-        )
-    return steps
-
-
-def check_same_model(path: str | None, module: L.LightningModule) -> None:
-    """Refuse a checkpoint of another model.
-
-    Raises:
-        SetupError: naming the first weight that differs.
-    """
-    if path is None or Path(path).is_dir():
-        return
-    saved = {name: tuple(value.shape) for name, value in _loaded(path)["state_dict"].items()}
-    mine = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    for name in sorted(saved.keys() | mine.keys()):
-        if saved.get(name) != mine.get(name):
-            raise SetupError(
-                f"{path}: a checkpoint of another model: {name} has shape {saved.get(name, 'none')} there and "
-                f"{mine.get(name, 'none')} here; resume with the settings of its run (its config.yaml)"
-            )
-
-
-def check_same_optimizer(path: str | None, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a checkpoint of another optimizer, or of none.
-
-    Raises:
-        SetupError: with the settings of both.
-    """
-    if path is None or Path(path).is_dir():
-        return
-    saved = _loaded(path).get("optimizer_states")
-    if not saved:
-        raise SetupError(
-            f"{path}: holds weights without an optimizer (save_weights_only), so no run can go on from it; give "
-            "another checkpoint"
-        )
-    there, here = (set(of["param_groups"][0]) - _NOT_OF_OPTIMIZERS for of in (saved[0], optimizer.state_dict()))
-    # both ways: another version of torch may have a setting more
-    if there - here and here - there:
-        raise SetupError(
-            f"{path}: written with another optimizer: it has {', '.join(sorted(there - here))}, and "
-            f"{type(optimizer).__name__} has {', '.join(sorted(here - there))} instead; resume with the optimizer of "
-            "its run (its config.yaml), or start a new run from its model (model.path=...)"
-        )
-
-
-def check_sharded(path: str | None, trainer: L.Trainer) -> None:
-    """Refuse a sharded checkpoint where the run is not.
-
-    Raises:
-        SetupError: with the reason.
-    """
-    if path is not None and Path(path).is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
-        raise SetupError(
-            f"{path}: a sharded checkpoint, which only trainer=fsdp goes on from, on one device too: trainer=fsdp "
-            "trainer.devices=1"
-        )
-
-
-def _loaded(path: str) -> dict[str, Any]:
-    """A checkpoint whose tensors stay on the disk; of a sharded one, what is not sharded."""
-    if Path(path).is_dir():
-        path = f"{path}/meta.pt"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def check_sharing(config: DictConfig, trainer: L.Trainer) -> None:
@@ -317,14 +297,6 @@ def check_single_run(trainer: L.Trainer) -> None:
             "--multirun included, so every rank would run a sweep of its own; start one run for each setting, use "
             "trainer.devices=1, or a launcher that starts the ranks (hydra/launcher=slurm)"
         )
-
-
-def _progress(path: str | None) -> tuple[int, dict[str, Any] | None]:
-    """Optimizer steps of a checkpoint, and where its training loader stood."""
-    if path is None:
-        return 0, None
-    checkpoint = _loaded(path)
-    return checkpoint["global_step"], next(iter(loader_states(checkpoint)), None)
 
 
 def check_stream(config: DictConfig) -> None:
@@ -384,13 +356,15 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int | None) -> None:
         if config.peft._target_ is not None:
             start = "adapters"
         config.optimizer.lr = config.learning_rate[start]
+    sharing = config.trainer.context_parallel_size
+    rows_per_step = config.packing.batch_size * (trainer.world_size // sharing)
     if rows is None:
         config.steps.total = trainer.max_steps
-    elif config.steps.total is None:
-        sharing = config.trainer.context_parallel_size
-        rows_per_step = config.packing.batch_size * (trainer.world_size // sharing)
+    else:
+        _check_interval(config.trainer, math.ceil(rows / rows_per_step))
+    if rows is not None and config.steps.total is None:
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
-        done, state = _progress(config.ckpt_path)
+        done, state = progress(config.ckpt_path)
         by_epochs = done + steps_to_come(rows, rows_per_step, trainer.accumulate_grad_batches, epochs, state)
         total = min(by_epochs, trainer.max_steps if trainer.max_steps > 0 else math.inf)
         if math.isinf(total):
@@ -398,3 +372,13 @@ def fill_in(config: DictConfig, trainer: L.Trainer, rows: int | None) -> None:
         config.steps.total = int(total)
     if config.steps.warmup is None:
         config.steps.warmup = max(1, round(config.steps.total * config.steps.warmup_share))
+
+
+def _check_interval(trainer: DictConfig, batches: int) -> None:
+    """Refuse to validate after more batches than an epoch has, where they are counted from its first."""
+    interval = trainer.val_check_interval
+    if trainer.check_val_every_n_epoch is not None and _is_whole(interval, 1) and interval > batches:
+        raise SetupError(
+            f"trainer.val_check_interval={interval} is more than the batches of an epoch ({batches}); lower it, or let "
+            "it count over epochs with trainer.check_val_every_n_epoch=null"
+        )

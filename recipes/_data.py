@@ -205,8 +205,6 @@ def load_splits(config: DictConfig) -> tuple[Dataset, Dataset | None]:
         count = min(len(found), heldout.limit or len(found))
         # spread over all of them: files are often sorted, and the first would be of one kind
         return documents, found.select(np.linspace(0, len(found) - 1, count).round().astype(int))
-    if not 0 <= heldout.percent < 100:
-        raise DataError(f"heldout.percent must be from 0 to below 100; got {heldout.percent}")
     if heldout.percent == 0:
         return documents, None
     count = max(1, round(len(documents) * heldout.percent / 100))

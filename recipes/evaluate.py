@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in finetune.py
 import hydra
 import numpy as np
 import torch
-from _checks import check_options
+from _checks import check_options, check_words
 from _data import documents_of
 from _errors import one_line_of, unwritten
 from datasets import Dataset
@@ -50,6 +50,7 @@ def evaluate(config: DictConfig) -> dict[str, float | int]:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise SetupError(f"{setting}={value} must be a whole number of at least {least}")
     check_options(config, ("data", "tokenize"))
+    check_words(config)
     if get_object(config.data._target_) is TokenizedStream:
         raise SetupError(
             "data=stream has no end to evaluate; read the same files whole: data=jsonl (or data=packed after packflex "
@@ -113,13 +114,18 @@ def evaluate(config: DictConfig) -> dict[str, float | int]:
 
 
 def _documents(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, int, list[str]]:
-    """Tokenised documents, how many were left out, and what else became of them where they were packed before."""
+    """Tokenised documents, how many were left out, and what else became of them."""
     if get_object(config.data._target_) is load_packed:
         packed = instantiate(config.data)(tokenizer=tokenizer)
         notes = [f"{what}: {count:,}, when they were packed" for what, count in packed.manifest.counts.items() if count]
         return documents_of(packed.dataset), 0, notes
     tokens = instantiate(config.tokenize)(instantiate(config.data)(), tokenizer)
-    return tokens.dataset, tokens.dropped, []
+    notes = []
+    if tokens.truncated:
+        notes.append(
+            f"{tokens.truncated:,} documents were cut to tokenize.max_length ({tokens.truncated_tokens:,} tokens)"
+        )
+    return tokens.dataset, tokens.dropped, notes
 
 
 def _device(name: str) -> torch.device:

@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
 import logging
+import math
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,13 +29,11 @@ import datasets
 import hydra
 import lightning as L
 import torch
+from _checkpoints import check_checkpoint, check_same_loss, check_same_model, check_same_optimizer, check_sharded
 from _checks import (
-    check_checkpoint,
+    check_attention,
     check_monitors,
-    check_same_model,
-    check_same_optimizer,
     check_settings,
-    check_sharded,
     check_sharing,
     check_single_run,
     check_stream,
@@ -112,6 +112,7 @@ def _finetune(config: DictConfig, signals: StopSignals) -> RunSummary:
     check_settings(config)
     join_ranks(config)
     first_step = check_checkpoint(config.ckpt_path, config.trainer.max_steps)
+    check_same_loss(config.ckpt_path, config.module.loss_weighting)
     L.seed_everything(config.seed, verbose=False)
     callbacks = [signals, *(instantiate(c) for c in config.callbacks.values() if c)]
     loggers = [instantiate(c) for c in config.logger.values() if c]
@@ -130,6 +131,7 @@ def _finetune(config: DictConfig, signals: StopSignals) -> RunSummary:
     check_single_run(trainer)
     check_sharded(config.ckpt_path, trainer)
     check_sharing(config, trainer)
+    check_attention(config, callbacks)
     check_monitors(config, callbacks)
 
     data = prepare(config)
@@ -168,6 +170,11 @@ def _finetune(config: DictConfig, signals: StopSignals) -> RunSummary:
         before = _heldout_loss(trainer, module, rows, **resume)
         trainer.loggers = loggers
         _go_on_logging(trainer, first_step, before)
+    if not _is_finite(before):
+        raise NonFiniteLossError(
+            f"the held-out loss is {before} before training: the weights that it starts from or a held-out document "
+            "are broken; give another checkpoint or model (ckpt_path=..., model.path=...), or hold other documents out"
+        )
     for guard in (c for c in callbacks if isinstance(c, NonFiniteLossGuard)):
         guard.name_document = DocumentNames(data)
     trainer.fit(module, rows, **resume)
@@ -184,6 +191,11 @@ def _finetune(config: DictConfig, signals: StopSignals) -> RunSummary:
         trainer.save_checkpoint(checkpoint)
         signals.trained(checkpoint)
         after = _heldout_loss(trainer, module, rows)
+        if not _is_finite(after):
+            aside = shortest(_set_aside(trainer, checkpoint))
+            raise NonFiniteLossError(
+                f"the held-out loss is {after} after {steps} steps, whose checkpoint is {aside}; go on from one before"
+            )
     count = len(data.train) if isinstance(data.train, Dataset) else 0
     if isinstance(rows, StreamDataModule) and rows.stream is not None:
         seen = rows.stream.report()
@@ -221,6 +233,20 @@ def _heldout_loss(
     return trainer.validate(module, rows, verbose=False, **resume)[0]["val/loss"]
 
 
+def _is_finite(loss: float | None) -> bool:
+    return loss is None or math.isfinite(loss)
+
+
+def _set_aside(trainer: L.Trainer, checkpoint: Path) -> Path:
+    """Take a checkpoint of weights that cannot be used from the name that good ones have."""
+    aside = checkpoint.with_name("nonfinite.ckpt")
+    if trainer.is_global_zero:
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        checkpoint.replace(aside)
+    return aside
+
+
 def _go_on_logging(trainer: L.Trainer, step: int, heldout: float | None) -> None:
     """Keep what an earlier part of the run logged in this folder."""
     if not trainer.is_global_zero:
@@ -244,11 +270,6 @@ def _finish(
     """Save the model and the pictures, and sum the run up. Every rank takes part: weights may be shared out."""
     out = Path(config.paths.output_dir)
     model.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU, and shards are gathered on their devices
-    held = data.heldout_documents
-    probe = typical_document(held if held is not None else data.train_documents)
-    prompt, completion = complete(
-        model, data.tokenizer, prompt_of(probe["input_ids"], probe["labels"]), **config.sample
-    )
     files = {"checkpoint": checkpoint, "model": out / "model", "config": out / "config.yaml"}
     if config.peft._target_ is not None:
         files["adapter"] = out / "adapter"
@@ -264,9 +285,16 @@ def _finish(
         model.save_pretrained(files["model"], state_dict=state)
         data.tokenizer.save_pretrained(files["model"])
         OmegaConf.save(config, files["config"], resolve=True)
+    held = data.heldout_documents
+    probe = typical_document(held if held is not None else data.train_documents)
+    prompt, completion = complete(
+        model, data.tokenizer, prompt_of(probe["input_ids"], probe["labels"]), **config.sample
+    )
+    if trainer.is_global_zero:
         metrics, picture = out / "metrics.csv", out / "loss.png"
         if save_loss_picture(metrics, picture, measured):
-            files |= {"metrics": metrics, "loss curve": picture}
+            files |= {"metrics": metrics} if metrics.is_file() else {}
+            files["loss curve"] = picture
     summary = RunSummary(
         parameters=sum(p.numel() for p in model.parameters()),
         documents=data.num_documents,

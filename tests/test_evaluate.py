@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,10 @@ def test_a_diverged_model_ends_with_its_documents_and_an_error(place, tmp_path, 
     assert "perplexity  nan over tokens, nan median document" in capsys.readouterr().out
     assert json.loads((tmp_path / "summary.json").read_text())["loss"] is None
     assert (tmp_path / "documents.csv").read_text().count("nan") == 24
+
+
+def test_documents_that_are_cut_are_told(place, tmp_path, capsys):
+    recipe.evaluate(composed(place, tmp_path, "tokenize.max_length=12"))
+    assert re.search(r"note +12 documents were cut to tokenize\.max_length \(\d+ tokens\)", capsys.readouterr().out)
+    with pytest.raises(SetupError, match=r"tokenize\.turns=foo must be one of all, last"):
+        recipe.evaluate(composed(place, tmp_path, "tokenize.turns=foo"))

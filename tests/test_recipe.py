@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import finetune as recipe  # noqa: E402
-from _checks import check_checkpoint  # noqa: E402
+from _checkpoints import changed_settings, check_checkpoint  # noqa: E402
 from _data import load_splits, prepare  # noqa: E402
 from _errors import one_line_of  # noqa: E402
 from _sharding import FullyShardedStrategy, whole_copy  # noqa: E402
@@ -260,6 +261,43 @@ def test_wrong_data(content, percent, message, place, tmp_path):
             ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/los"],
             "EarlyStopping monitors val/los, which nobody logs; choose one of packing/documents, packing/efficiency,",
         ),
+        (["sample.temperature=-1"], "sample.temperature=-1 must be a number from 0 upwards"),
+        (["sample.temperature=hot"], "sample.temperature=hot must be a number from 0 upwards"),
+        (["sample.temperature=nan"], "sample.temperature=nan must be a number from 0 upwards"),
+        (["heldout.percent=abc"], "heldout.percent=abc must be a number from 0 to below 100"),
+        (["heldout.percent=100"], "heldout.percent=100 must be a number from 0 to below 100"),
+        (["steps.warmup_share=abc"], "steps.warmup_share=abc must be a number from 0 to 1"),
+        (["steps.warmup_share=5"], "steps.warmup_share=5 must be a number from 0 to 1"),
+        (["trainer.val_check_interval=0"], "trainer.val_check_interval=0 must be a whole number of batches, a share"),
+        (["trainer.val_check_interval=0.0"], "trainer.val_check_interval=0.0 must be a whole number of batches"),
+        (["trainer.val_check_interval=1.5"], "trainer.val_check_interval=1.5 must be a whole number of batches"),
+        (["trainer.val_check_interval=often"], "trainer.val_check_interval=often must be a whole number of batches"),
+        (
+            ["trainer.check_val_every_n_epoch=0"],
+            "trainer.check_val_every_n_epoch=0 must be a whole number of at least 1",
+        ),
+        (
+            ["trainer.check_val_every_n_epoch=null"],
+            "trainer.check_val_every_n_epoch=null counts batches over epochs, and trainer.val_check_interval=None",
+        ),
+        (
+            ["trainer.val_check_interval=4", "data.limit=9"],
+            "trainer.val_check_interval=4 is more than the batches of an epoch (1); lower it, or let it count over",
+        ),
+        (["+trainer.limit_train_batches=5"], "trainer.limit_train_batches=5 cuts epochs short, and the schedule"),
+        (["+trainer.limit_train_batches=1"], "trainer.limit_train_batches=1 cuts epochs short"),
+        (["+trainer.limit_train_batches=0"], "trainer.limit_train_batches=0 cuts epochs short"),
+        (["+trainer.overfit_batches=0.5"], "trainer.overfit_batches=0.5 cuts epochs short"),
+        (["tokenize.turns=foo"], "tokenize.turns=foo must be one of all, last"),
+        (["tokenize.on_unsupervised=foo"], "tokenize.on_unsupervised=foo must be one of error, drop"),
+        (["packing.order=foo"], "packing.order=foo must be one of shuffle, balanced, sequential"),
+        (["packing.strategy=foo"], "packing.strategy=foo must be one of best_fit, next_fit, wrapped"),
+        (["packing.overflow=foo"], "packing.overflow=foo must be one of split, truncate, drop, error"),
+        (
+            ["optimizer.betas=[0.9]"],
+            "optimizer: it cannot be made with these settings (list index out of range); --cfg job --package optimizer",
+        ),
+        (["callbacks.packflex=null"], "no PackFlexCallback among callbacks: without it the documents of a row see"),
         (["callbacks.checkpoint.monitor=val/los"], "ModelCheckpoint monitors val/los, which nobody logs;"),
         (["+optimizer.foo=1"], "optimizer.foo: torch.optim.adamw.AdamW takes no such option; it takes params, lr,"),
         (["+scheduler.foo=1"], "scheduler.foo: transformers.optimization.get_cosine_schedule_with_warmup takes no"),
@@ -324,8 +362,45 @@ def test_checkpoints_that_do_not_fit(place, tmp_path):
     )
     with pytest.raises(SetupError, match=other):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "optimizer=sgd")))
+    settings = (
+        r"its run had optimizer\.lr=2e-05, and this one has optimizer\.lr=0\.5, which .* resume with the settings"
+    )
+    with pytest.raises(SetupError, match=settings):
+        recipe.finetune(composed(tmp_path, *small(place, checkpoint, "optimizer.lr=0.5")))
+    settings = (
+        r"had optimizer\.betas=\[0\.9, 0\.95\], optimizer\.weight_decay=0\.01, and this one has .*=\[0\.8, 0\.95\]"
+    )
+    changed = ["optimizer.betas=[0.8,0.95]", "optimizer.weight_decay=0.1"]
+    with pytest.raises(SetupError, match=settings):
+        recipe.finetune(composed(tmp_path, *small(place, checkpoint, *changed)))
+    with pytest.raises(
+        SetupError, match=r"had module\.loss_weighting=token, and this one has .*=sqrt; resume with that"
+    ):
+        recipe.finetune(composed(tmp_path, *small(place, checkpoint, "module.loss_weighting=sqrt")))
     with pytest.raises(ValueError, match="the checkpoint's loader had seed=0, this one has 1"):
         recipe.finetune(composed(tmp_path, *small(place, checkpoint, "datamodule.seed=1")))
+
+
+def test_settings_that_a_run_goes_on_with():
+    """What a scheduler moves is not compared, nor how an optimizer computes."""
+
+    def made(make_scheduler, **settings):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], **({"lr": 0.1} | settings))
+        return optimizer, make_scheduler(optimizer)
+
+    for make in (
+        lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=4),
+    ):
+        ran, schedule = made(make)
+        for _ in range(2):
+            ran.step()
+            schedule.step()
+        (saved,) = ran.state_dict()["param_groups"]
+        for settings, changed in (({}, []), ({"foreach": True}, []), ({"eps": 1e-6}, ["eps"])):
+            (group,) = made(make, **settings)[0].state_dict()["param_groups"]
+            names = changed_settings(torch.optim.AdamW, saved, group)
+            assert names == changed, (names, settings)
 
 
 def test_a_checkpoint_of_weights_alone_is_refused(place, tmp_path):
@@ -343,6 +418,24 @@ def test_early_stopping_ends_a_run(place, tmp_path):
     assert recipe.finetune(composed(tmp_path / "stops", *small(place, *settings, *stops))).steps == 8
     short = [*settings, "trainer.max_steps=3"]
     assert recipe.finetune(composed(tmp_path / "ends", *small(place, *short))).steps == 3
+
+
+def test_validations_counted_over_epochs(place, tmp_path):
+    """Epochs of 2 or 3 batches, and a validation after every 4 of them."""
+    every = ["trainer.val_check_interval=4", "trainer.check_val_every_n_epoch=null", "data.limit=20"]
+    summary = recipe.finetune(composed(tmp_path, *small(place, *every, "trainer.max_steps=9")))
+    assert 2 < summary.rows <= 6
+    steps = read_metrics(tmp_path / "metrics.csv", "val/loss")[0]
+    assert {0, 3, 7, 9} == set(steps), steps
+
+
+def test_whole_epochs_by_other_words_are_taken(place, tmp_path):
+    words = [
+        "+trainer.limit_train_batches=1.0",
+        "+trainer.overfit_batches=0",
+        "trainer.val_check_interval='00:00:10:00'",
+    ]
+    assert recipe.finetune(composed(tmp_path, *small(place, *words, "trainer.max_steps=1"))).steps == 1
 
 
 def test_a_metric_that_another_callback_does_not_log_is_one_line(place, tmp_path, capsys):
@@ -436,7 +529,7 @@ def signalled(batch):
 
 @pytest.mark.parametrize("validated", ["null", "2"])
 def test_a_run_resumed_in_its_folder_has_the_metrics_of_both_parts(place, tmp_path, monkeypatch, validated):
-    """After a signal, and once more after its end; also where Lightning validates as it stops."""
+    """After a signal, and once more after its end; also where a validation was due at the signal."""
     settings = small(place, "steps.total=8", f"trainer.val_check_interval={validated}")
     recipe.finetune(composed(tmp_path / "whole", *settings, "trainer.max_steps=8"))
     with pytest.raises(SystemExit):
@@ -570,6 +663,54 @@ def test_a_nan_names_the_training_document(place, tmp_path, monkeypatch, setting
     assert named
     assert all("What is" in text and "6" in text for text in named), "the documents themselves"
     assert (tmp_path / "nonfinite_batch.pt").is_file()
+
+
+@pytest.mark.parametrize("held", ["heldout.limit=4", "heldout.percent=0"])
+def test_weights_spoiled_by_the_last_step_are_no_finished_run(place, tmp_path, capsys, held):
+    wrecks = ["optimizer=sgd", "optimizer.lr=1e30", "trainer.gradient_clip_val=null", "trainer.max_steps=2"]
+    with pytest.raises(SystemExit) as stopped:
+        recipe.run_config(composed(tmp_path, *small(place, held, *wrecks)))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert re.search(r"error: the weights are finite, but .* 2 optimizer steps.*: training document \d+ \(", said)
+    assert said.count("\n") == 1
+    assert (tmp_path / "nonfinite_batch.pt").is_file()
+    assert not list((tmp_path / "checkpoints").glob("*"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_heldout_loss_that_is_not_finite_is_no_finished_run(place, tmp_path, monkeypatch):
+    """Before training nothing is lost by stopping, after it the checkpoint has a name of its own."""
+    losses = iter([1.0, math.nan])
+    monkeypatch.setattr(recipe, "_heldout_loss", lambda *_, **__: next(losses))
+    with pytest.raises(
+        NonFiniteLossError, match=r"loss is nan after 6 steps, whose checkpoint is \S+/nonfinite\.ckpt;"
+    ):
+        recipe.finetune(composed(tmp_path, *small(place)))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["nonfinite.ckpt"]
+    assert not (tmp_path / "model").exists()
+    losses = iter([math.inf])
+    with pytest.raises(NonFiniteLossError, match="the held-out loss is inf before training: the weights"):
+        recipe.finetune(composed(tmp_path / "before", *small(place)))
+
+
+def test_an_error_of_the_sample_costs_no_model(place, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no sample")
+
+    monkeypatch.setattr(recipe, "complete", fails)
+    with pytest.raises(RuntimeError, match="no sample"):
+        recipe.finetune(composed(tmp_path, *small(place, "trainer.max_steps=1")))
+    build_model(tmp_path / "model")
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+    assert OmegaConf.load(tmp_path / "config.yaml").steps.total == 1
+
+
+def test_a_run_without_a_metrics_file_lists_none(place, tmp_path):
+    summary = recipe.finetune(composed(tmp_path, *small(place, "trainer.max_steps=1", "logger.csv=null")))
+    assert "metrics" not in summary.files
+    assert (tmp_path / "loss.png").is_file()
+    assert all((ROOT / path).exists() for path in summary.files.values())
 
 
 def test_out_of_memory_in_one_line():

@@ -34,6 +34,8 @@ def output_head(model: nn.Module) -> OutputHead | str:
         known = ", ".join(sorted(_PLAIN_HEADS))
         return f"{type(inner).__name__} is none of the families with a plain output head: {known}"
     embedding = inner.get_output_embeddings()
+    if hasattr(embedding, "base_layer"):
+        return f"its output embedding carries adapters ({type(embedding).__module__}), which the loss would leave out"
     if type(embedding) is not nn.Linear:
         return f"its output embedding is a {type(embedding).__name__}, not a plain Linear layer"
     if inner.config.get_text_config().to_dict().get("output_router_logits"):

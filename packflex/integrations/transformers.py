@@ -20,6 +20,8 @@ honoured.
 - `position_ids` that are missing are filled in from the layout;
 - no S x S mask is built. transformers does not know that nobody will read it: [B, 1, S, S] booleans and several
   temporaries of that size, 512 MiB each for 8 rows of 8192, and without a cache one wait for the device;
+- an `attention_mask` that the layout was made from (`packed_from_mask=True` says so) is left to whoever counts tokens
+  by it, and not handed on;
 - `use_cache` left at its default is off: keys and values of a packed row would be copied into a cache that no
   `generate` can continue from;
 - the choice of a backend belongs to the model.
@@ -30,6 +32,7 @@ it does without packflex when there is no `attention_mask`.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any, cast
 
@@ -117,6 +120,20 @@ def transformers_models(module: nn.Module) -> list[PreTrainedModel]:
     return list(found)
 
 
+def blind_models(module: nn.Module) -> list[PreTrainedModel]:
+    """The transformers models in `module` that would let packed documents see one another: nobody reads `packed`.
+
+    Not those whose attention function or whose own `forward` names `packed`, nor those inside a module that does.
+    """
+    found = [] if _takes_layout(module.forward) else transformers_models(module)
+    functions = ((one, AttentionInterface().get(one.config._attn_implementation)) for one in found)
+    return [one for one, function in functions if not _takes_layout(function) and not _takes_layout(one.forward)]
+
+
+def _takes_layout(function: Any) -> bool:
+    return function is not None and "packed" in inspect.signature(function).parameters
+
+
 def _bodies(model: PreTrainedModel) -> list[PreTrainedModel]:
     """The modules that embed tokens and run the layers: `LlamaModel`, not the `LlamaForCausalLM` around it."""
     return [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.base_model is m]
@@ -131,7 +148,7 @@ class _PackedCall:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        packed = kwargs.get("packed")
+        packed, from_mask = kwargs.get("packed"), kwargs.get("packed_from_mask", False)
         if packed is None:
             return None
         if len(args) > 1:
@@ -144,13 +161,13 @@ class _PackedCall:
         if tokens is None:
             return None  # the model says what is missing
         _check_layout(packed, (tokens.shape[0], tokens.shape[1]), tokens.device, "input tokens")
-        if kwargs.get("attention_mask") is not None:
+        if kwargs.get("attention_mask") is not None and not from_mask:
             raise ValueError(
                 "packed and attention_mask were both given. The layout already says which tokens are padding (the "
                 "tail of a row) and which belong together; drop attention_mask from the batch, or leave packed out to "
                 "have the mask honoured"
             )
-        kwargs = dict(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name != "packed_from_mask"}
         kwargs["attention_mask"] = _placeholder_mask(packed, tokens.device)
         if kwargs.get("position_ids") is None:
             if isinstance(packed, ShardedLayout):

@@ -63,6 +63,9 @@ def use_packflex(trainer: Trainer, backend: str | None = None) -> None:
 class LayoutCollator:
     """A collator around another one that adds `packed`, the batch's `PackedLayout`.
 
+    An `attention_mask` stays in the batch, for trainers count tokens by it; `packed_from_mask=True` then tells the
+    model that the layout says all that the mask does.
+
     Args:
         collator: gives `input_ids` int64 [B, S] and either `position_ids` int64 [B, S], which start at 0 in every
             document, or `attention_mask` int64 [B, S] with 0 for padding on the right of the one document of a row.
@@ -72,14 +75,14 @@ class LayoutCollator:
         self.collator = collator
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
-        """The other collator's batch without masks and varlen arguments, with `packed`.
+        """The other collator's batch without varlen arguments, with `packed`.
 
         Raises:
             ValueError: a batch with neither `position_ids` nor `attention_mask`, packed rows without `position_ids`, or
                 padding on the left.
         """
         batch = dict(self.collator(examples))
-        positions, mask = batch.get("position_ids"), batch.pop("attention_mask", None)
+        positions, mask = batch.get("position_ids"), batch.get("attention_mask")
         for key in _VARLEN_KEYS:
             batch.pop(key, None)
         if positions is None and mask is None:
@@ -96,11 +99,14 @@ class LayoutCollator:
             )
         real = None if mask is None else _lengths(mask)
         if positions is None:
+            assert mask is not None
             assert real is not None
             batch["packed"] = PackedLayout.from_lengths([[n] if n else [] for n in real], mask.shape[1])
             batch["position_ids"] = batch["packed"].position_ids
         else:
             batch["packed"] = PackedLayout.from_position_ids(positions, real)
+        if mask is not None:
+            batch["packed_from_mask"] = True
         return batch
 
 

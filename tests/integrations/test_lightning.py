@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from packflex import document_mask, flex_attention, pack_dataset
 from packflex.data.collate import PackedCollator, PaddedCollator
@@ -127,6 +127,61 @@ def test_micro_batches_give_the_gradient_of_the_one_big_batch(tmp_path, batch_si
         assert torch.allclose(ours, exact, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_that_does_not_read_the_layout_is_refused(tmp_path, stage, wrapped):
+    """Its documents would see one another, and the loss would not tell."""
+    model = tiny_model(attn_implementation="eager")
+    module = CausalLMModule(Wrapper(model) if wrapped else model, SGD)
+    data = PackedDataModule(packed_rows(), packed_rows(), seq_len=SEQ_LEN, batch_size=2)
+    fit = trainer(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM attends through 'eager', so .* PackFlexCallback\(\), or call"
+    ):
+        getattr(fit, stage)(module, data)
+
+
+class Wrapper(torch.nn.Module):
+    """Hands on what it gets."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments, **options):
+        return self.model(*arguments, **options)
+
+
+class Unpacking(Wrapper):
+    """Reads the layout itself: a mask of each row's documents."""
+
+    def forward(self, input_ids, position_ids, packed):
+        ids = packed.document_ids
+        mask = ((ids[:, :, None] == ids[:, None]) & torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril())[:, None]
+        return self.model(input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
+
+
+def documents_attention(module, query, key, value, attention_mask, packed=None, scaling=None, **kwargs):
+    out = flex_attention(
+        query, key, value, block_mask=document_mask(packed, causal=True), scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("own", ["module", "attention function"])
+def test_models_that_read_the_layout_themselves_need_no_callback(tmp_path, own):
+    if own == "module":
+        model = Unpacking(tiny_model(attn_implementation="sdpa"))
+    else:
+        AttentionInterface.register("documents", documents_attention)
+        model = tiny_model(attn_implementation="documents")
+    rows, recorder = packed_rows(), Recorder()
+    expected, _ = exact_gradients(tiny_model(), rows.select(range(2)))
+    data = PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=2, order="sequential")
+    trainer(tmp_path, [recorder], max_steps=1).fit(CausalLMModule(model, SGD), data)
+    assert recorder.losses[-1] == pytest.approx(expected, rel=1e-5)
+
+
 class SaveGradients(L.Callback):
     """The first rank's gradients and loss at the end, in a file: the ranks are processes of their own."""
 
@@ -198,7 +253,7 @@ def test_chunked_loss_equals_that_of_the_logits(family):
     batch = PackedCollator(SEQ_LEN)([packed_rows()[0], packed_rows()[1]])
     modules = [CausalLMModule(model, SGD, loss=loss) for loss in ("logits", "chunked")]
     enable_packflex(model)
-    results = [module._loss(batch, "token") for module in modules]
+    results = [module.batch_loss(batch, "token") for module in modules]
     grads = [torch.autograd.grad(total, list(model.parameters()), allow_unused=True) for total, _ in results]
     assert results[1][0].item() == pytest.approx(results[0][0].item(), rel=1e-5)
     assert results[1][1] == results[0][1] > 0
@@ -207,6 +262,7 @@ def test_chunked_loss_equals_that_of_the_logits(family):
         assert ours is None or torch.allclose(ours, exact, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_losses_that_cannot_be_had():
     with pytest.raises(ValueError, match="loss must be one of logits, chunked, liger; got 'fused'"):
         CausalLMModule(tiny_model(), SGD, loss="fused")
@@ -220,6 +276,12 @@ def test_losses_that_cannot_be_had():
         ValueError, match=r'cannot be had with this model: .* a Sequential, not a plain Linear.*"logits"'
     ):
         CausalLMModule(model, SGD, loss="chunked")
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        tiny_model(), peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    )
+    with pytest.raises(ValueError, match=r"its output embedding carries adapters \(peft\.tuners\.lora\.layer\), which"):
+        CausalLMModule(adapted, SGD, loss="chunked")
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])

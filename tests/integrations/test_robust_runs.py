@@ -26,14 +26,23 @@ from packflex.integrations.lightning import (
     SaveOnSignal,
     is_out_of_memory,
 )
+from packflex.integrations.transformers import enable_packflex
 from packflex.parallel.layout import shard_batch
-from tests.integrations.test_lightning import SEQ_LEN, SGD, Recorder, packed_rows, tiny_model, trainer
+from tests.integrations.test_lightning import SEQ_LEN, SGD, Recorder, packed_rows, trainer
 from tests.integrations.test_lightning import pytestmark as quiet
+from tests.integrations.test_lightning import tiny_model as plain_model
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 pytestmark = quiet
 BAD = 63  # a token whose embedding comes out as NaN in these tests
+
+
+def tiny_model(seed=0):
+    """One that needs no `PackFlexCallback`."""
+    model = plain_model(seed)
+    enable_packflex(model)
+    return model
 
 
 class SendSignal(L.Callback):
@@ -89,6 +98,55 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(tmp_path, num
     assert second.losses == whole.losses[-steps:], "bitwise"
     assert second.losses != first.losses[:steps]
     assert all(torch.equal(a, b) for a, b in zip(whole.gradients, second.gradients, strict=True))
+
+
+class Validations(L.Callback):
+    """Steps after which a validation began, in a file of each rank."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_validation_start(self, trainer, pl_module):
+        with (self.folder / f"validations{trainer.global_rank}").open("a") as file:
+            file.write(f"{trainer.global_step} ")
+
+    def seen(self, rank=0):
+        path = self.folder / f"validations{rank}"
+        return path.read_text().split() if path.exists() else []
+
+
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
+@pytest.mark.parametrize("monitor", [None, "val/loss"])
+@pytest.mark.parametrize(("batch", "before"), [(4, []), (9, []), (10, ["10"]), (15, ["10"])])
+def test_no_validation_comes_after_the_checkpoint_of_a_signal(tmp_path, batch, before, monitor):
+    """In the first and the second of two epochs of 10 batches, in their middle and at their end."""
+    rows = packed_rows().select(range(10))
+    held = PackedDataModule(rows, rows, seq_len=SEQ_LEN, batch_size=1, seed=5)
+    callbacks = [ModelCheckpoint(tmp_path, monitor=monitor), Validations(tmp_path), SaveOnSignal(tmp_path)]
+    callbacks.append(SendSignal(signal.SIGTERM, batch))
+    options = {"enable_checkpointing": True, "num_sanity_val_steps": 0}
+    fit = trainer(tmp_path, callbacks, max_steps=-1, max_epochs=4, **options)
+    module = CausalLMModule(tiny_model(), SGD)
+    fit.fit(module, held)
+    assert fit.global_step == batch + 1
+    assert callbacks[1].seen() == before
+    assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == batch + 1
+    assert fit.validate(module, held, verbose=False)[0]["val/loss"] > 0, "the trainer validates as before"
+
+
+def test_a_schedule_by_the_heldout_loss_gets_it_at_a_signal_too(tmp_path):
+    class Plateau(CausalLMModule):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+
+    rows = packed_rows().select(range(6))
+    held = PackedDataModule(rows, rows, seq_len=SEQ_LEN, batch_size=1, seed=5)
+    stopper = SaveOnSignal(tmp_path)
+    fit = trainer(tmp_path, [stopper, SendSignal(signal.SIGTERM, 5)], max_steps=-1, max_epochs=4)
+    fit.fit(Plateau(tiny_model(), SGD), held)
+    assert stopper.checkpoint is not None
 
 
 @pytest.mark.parametrize(
@@ -157,9 +215,13 @@ class SendToOne(SendSignal):
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
     """At once, however slow the steps are: schedulers wait for half a minute."""
-    callbacks = [SaveOnSignal(tmp_path), SendToOne(signal.SIGTERM, 2)]
-    fit = trainer(tmp_path, callbacks, max_steps=8, devices=2, strategy="ddp_fork")
-    fit.fit(CausalLMModule(tiny_model(), SGD), data(batch_size=1))
+    callbacks = [SaveOnSignal(tmp_path), SendToOne(signal.SIGTERM, 2), Validations(tmp_path)]
+    every_two = {"val_check_interval": 2, "num_sanity_val_steps": 0}
+    fit = trainer(tmp_path, callbacks, max_steps=8, devices=2, strategy="ddp_fork", **every_two)
+    rows = packed_rows()
+    held = PackedDataModule(rows, rows.select(range(4)), seq_len=SEQ_LEN, batch_size=1, seed=5)
+    fit.fit(CausalLMModule(tiny_model(), SGD), held)
+    assert [callbacks[-1].seen(rank) for rank in range(2)] == [["2"], ["2"]], "none as they stop"
     assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == 3
 
 
@@ -221,6 +283,72 @@ def test_the_guard_looks_one_batch_back_where_the_host_runs_ahead(tmp_path):
         assert saved["lengths"] == [rows[first]["lengths"]]
 
 
+class SpoilWeights(L.Callback):
+    """What the last optimizer step leaves: one such weight, or a head whose logits overflow."""
+
+    def __init__(self, step, weight=None):
+        self.step, self.weight = step, weight
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step != self.step:
+            return
+        if self.weight is not None:
+            pl_module.model.model.embed_tokens.weight[0, 0] = self.weight
+            return
+        for part in (pl_module.model.model.norm, pl_module.model.lm_head):
+            part.weight.mul_(1e25)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "found"),
+    [
+        ({"weight": torch.nan}, "the weights are not finite after 2 optimizer steps. Saved the batch to "),
+        ({"weight": -torch.inf}, "the weights are not finite after 2 optimizer steps. Saved the batch to "),
+        (
+            {},
+            "the weights are finite, but give the last batch a loss of nan after 2 optimizer steps. Saved",
+        ),
+    ],
+    ids=["nan", "infinity", "too large"],
+)
+def test_weights_that_the_last_step_spoils_end_the_run(tmp_path, spoiled, found):
+    model = tiny_model()
+    fit = trainer(tmp_path, [PackFlexCallback(), NonFiniteLossGuard(), SpoilWeights(2, **spoiled)], max_steps=2)
+    with pytest.raises(NonFiniteLossError, match=re.escape(found)) as error:
+        fit.fit(CausalLMModule(model, SGD), data())
+    assert re.search(r"document 0 of row 0 \(\d+ tokens: .*Go on from a checkpoint before\. Common", str(error.value))
+    assert len(torch.load(tmp_path / "nonfinite_batch.pt", weights_only=True)["lengths"]) == 2
+    assert model.training, "as it was"
+
+
+class FrozenPart(L.Callback):
+    """A part in evaluation mode, and the random state as training ends, before and after the guard's look."""
+
+    def __init__(self, states):
+        self.states = states
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        pl_module.model.model.layers[0].eval()
+
+    def on_train_end(self, trainer, pl_module):
+        self.states.append((torch.get_rng_state(), [part.training for part in pl_module.modules()]))
+
+
+def test_the_look_at_the_end_changes_nothing(tmp_path):
+    """Neither random states, which a checkpoint will hold, nor modes."""
+    states = []
+    callbacks = [PackFlexCallback(leak_check=False), FrozenPart(states), NonFiniteLossGuard(), FrozenPart(states)]
+    module = CausalLMModule(tiny_model(), SGD)
+    module.dropout = torch.nn.Dropout(0.5)
+    module.model.model.embed_tokens.register_forward_hook(lambda part, args, out: module.dropout(out))
+    trainer(tmp_path, callbacks, max_steps=2).fit(module, data())
+    (before, modes), (after, modes_after) = states
+    assert torch.equal(before, after)
+    assert modes == modes_after
+    assert {True, False} == set(modes)
+
+
 class Noting(NonFiniteLossGuard):
     """Notes what it says on each rank in a file, before the first process to end has the others killed."""
 
@@ -231,6 +359,35 @@ class Noting(NonFiniteLossGuard):
             (self.dirpath / f"rank{torch.distributed.get_rank()}").write_text(str(error))
             torch.distributed.barrier()
             raise
+
+
+class SpoilOne(SpoilWeights):
+    """On one rank alone."""
+
+    def on_train_batch_end(self, trainer, pl_module, *arguments):
+        if trainer.global_rank == 1:
+            super().on_train_batch_end(trainer, pl_module, *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoiled", [{"weight": torch.nan}, {}], ids=["nan", "too large"])
+def test_all_ranks_stop_at_weights_that_the_last_step_spoils_on_one(tmp_path, spoiled):
+    class NotingEnd(NonFiniteLossGuard):
+        def _check_end(self, trainer, pl_module):
+            with pytest.raises(NonFiniteLossError) as error:
+                super()._check_end(trainer, pl_module)
+            (tmp_path / f"rank{trainer.global_rank}").write_text(str(error.value))
+
+    callbacks = [PackFlexCallback(leak_check=False), NotingEnd(tmp_path), SpoilOne(2, **spoiled)]
+    fit = trainer(tmp_path, callbacks, max_steps=2, devices=2, strategy="ddp_fork")
+    fit.fit(CausalLMModule(tiny_model(), SGD), data(batch_size=1))
+    messages = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
+    assert messages[0] == messages[1]
+    if "weight" in spoiled:
+        assert "not finite after 2 optimizer steps" in messages[0]
+    else:
+        assert "but give the last batch of rank 1 a loss of nan" in messages[0]
+        assert "of rank 0" not in messages[0]
 
 
 @pytest.mark.slow
@@ -378,3 +535,8 @@ def test_profile_of_a_run_that_ends_first(tmp_path):
     profile = ProfileSteps(tmp_path, skip=1, record=20)
     trainer(tmp_path, [profile], max_steps=3).fit(CausalLMModule(tiny_model(), SGD), data())
     assert (tmp_path / "trace.json").is_file()
+    late = trainer(tmp_path / "late", [ProfileSteps(tmp_path / "late", skip=3)], max_steps=3)
+    with pytest.warns(
+        UserWarning, match="recorded nothing: the run ended after 3 batches, and it skips the first 3; set"
+    ):
+        late.fit(CausalLMModule(tiny_model(), SGD), data())

@@ -313,6 +313,9 @@ def test_packed_with_attention_mask() -> None:
     enable_packflex(model)
     with pytest.raises(ValueError, match="packed and attention_mask were both given"):
         model(token_ids(2, 36), packed=LAYOUT, attention_mask=torch.ones(2, 36))
+    made_from_it = {"packed": LAYOUT, "attention_mask": (LAYOUT.document_ids >= 0).long(), "packed_from_mask": True}
+    ids = token_ids(2, 36)
+    assert torch.equal(model(ids, **made_from_it).logits, model(ids, packed=LAYOUT).logits)
     hiding = torch.ones(2, 36, dtype=torch.long)
     hiding[1, 3] = 0
     direct = tiny_model("llama", "packflex")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import (
+    DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
     LlamaConfig,
     LlamaForCausalLM,
@@ -79,6 +80,49 @@ def test_sft_trainer(tmp_path, settings):
     assert ours == pytest.approx(own, rel=2e-5)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"packing": True, "packing_strategy": "bfd", "max_length": 40, "per_device_train_batch_size": 2},
+        {"padding_free": True, "max_length": None, "per_device_train_batch_size": 4},
+        {"per_device_train_batch_size": 4, "max_length": 40},
+    ],
+    ids=["packed", "padding-free", "padded"],
+)
+def test_sft_trainer_counts_the_same_tokens(tmp_path, settings):
+    counts = []
+    for packed in (True, False):
+        trainer = sft(tmp_path, packed, **settings)
+        trainer.train()
+        counts.append([entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry])
+    assert counts[0] == counts[1]
+    assert len(counts[0]) == 4
+    if settings.get("max_length") == 40 and "packing" not in settings:
+        assert counts[0][2] == sum(LENGTHS), "an epoch of all documents, without their padding"
+
+
+@pytest.mark.parametrize("kind", ["all", "non_padding"])
+def test_trainer_counts_the_same_tokens(tmp_path, kind):
+    seen = []
+    for packed in (True, False):
+        model, tokenizer = model_and_tokenizer()
+        args = TrainingArguments(
+            str(tmp_path),
+            **SETTINGS,
+            disable_tqdm=True,
+            per_device_train_batch_size=4,
+            include_num_input_tokens_seen=kind,
+        )
+        padding = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        trainer = Trainer(model, args, data_collator=padding, train_dataset=documents().select_columns(["input_ids"]))
+        if packed:
+            use_packflex(trainer)
+        trainer.train()
+        seen.append([entry["num_input_tokens_seen"] for entry in trainer.state.log_history])
+    assert seen[0] == seen[1]
+    assert (seen[0][2] == sum(LENGTHS)) is (kind == "non_padding")
+
+
 def test_packing_matters(tmp_path):
     """The same steps with documents that see each other have other losses: the test above can fail."""
     settings = {"packing": True, "packing_strategy": "bfd", "max_length": 40, "per_device_train_batch_size": 2}
@@ -148,4 +192,5 @@ def test_batches_that_tell_nothing():
         LayoutCollator(lambda examples: {"input_ids": torch.zeros(2, 3), "attention_mask": mask})([])
     batch = LayoutCollator(lambda examples: {"input_ids": torch.zeros(2, 3), "attention_mask": mask.flip(1)[1:]})([])
     assert batch["packed"].lengths == ((2,),)
-    assert "attention_mask" not in batch
+    assert batch["attention_mask"].tolist() == [[1, 1, 0]]
+    assert batch["packed_from_mask"] is True

@@ -8,7 +8,7 @@ from packflex.models import SetupError
 from tests.parallel import scenarios
 from tests.parallel.scenarios import STEPS, STOP, checkpoint_of, found, play_all
 
-from _checks import check_checkpoint, check_sharded  # isort: skip  # scenarios put the recipes on the path
+from _checkpoints import check_checkpoint, check_same_loss, check_same_optimizer, check_sharded  # isort: skip  # scenarios put the recipes on the path
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")]
 
@@ -52,6 +52,15 @@ def test_what_a_sharded_checkpoint_is_refused_for(place, tmp_path):
     assert check_checkpoint(str(checkpoint), -1) == STOP
     with pytest.raises(SetupError, match=rf"has done its {STOP} steps, and trainer\.max_steps={STOP - 1}; raise"):
         check_checkpoint(str(checkpoint), STOP - 1)
+    one = [torch.nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.AdamW(one, lr=7.0)
+    torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5)
+    with pytest.raises(SetupError, match=r"its run had .*optimizer\.lr=\S+, .*and this one has .*optimizer\.lr=7\.0, "):
+        check_same_optimizer(str(checkpoint), optimizer)
+    with pytest.raises(SetupError, match="written with another optimizer"):
+        check_same_optimizer(str(checkpoint), torch.optim.SGD(one, lr=7.0))
+    with pytest.raises(SetupError, match=r"had module\.loss_weighting=token, and this one has"):
+        check_same_loss(str(checkpoint), "document")
     alone = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_steps=1)
     with pytest.raises(SetupError, match="a sharded checkpoint, which only trainer=fsdp goes on from"):
         check_sharded(str(checkpoint), alone)

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from packflex.integrations.lightning.module import CausalLMModule
 from packflex.integrations.lightning.ranks import gathered
 from packflex.integrations.transformers import transformers_models
 from packflex.layout import PackedLayout
@@ -20,7 +21,7 @@ _NAMED = 8  # documents in the message; the file holds them all
 
 
 class NonFiniteLossError(RuntimeError):
-    """A training loss that is no finite number; says which documents were in the batch and where it was saved."""
+    """A loss or weights that are no finite numbers; of training, with the batch's documents and where it was saved."""
 
 
 class NonFiniteLossGuard(L.Callback):
@@ -29,6 +30,9 @@ class NonFiniteLossGuard(L.Callback):
     On a GPU the loss looked at is the one before, so that the host runs ahead by a batch and need not wait. What stops
     is therefore at most one optimizer step late; checkpoints are from before. Several ranks stop together, all with the
     message of the one whose loss it is.
+
+    The last optimizer step has no loss after it: as training ends, the weights are looked at, and with a
+    `CausalLMModule` the loss of the last batch once more.
 
     The batch goes to `nonfinite_batch.pt`: `torch.load(path)` gives its tensors, and `lengths`, those of the documents
     of each row. Documents whose own logits are not finite are named; all of the batch's when it cannot be told, since
@@ -53,6 +57,10 @@ class NonFiniteLossGuard(L.Callback):
         self._batch: Any = None
         self._waiting: _Waiting | None = None
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the batch of a run before."""
+        self._batch = self._waiting = None
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -73,26 +81,45 @@ class NonFiniteLossGuard(L.Callback):
             self._check(trainer, pl_module, before)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at the last one."""
+        """Look at the last one, and at what the last step made of the weights."""
         before, self._waiting = self._waiting, None
         if before is not None:
             self._check(trainer, pl_module, before)
+        self._check_end(trainer, pl_module)
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule, item: _Waiting) -> None:
         """Stop if any rank's loss is not finite: all ranks do, with the message of those whose own is not."""
         batch, loss, bad, step = item
         if not float(bad):
             return
-        weights_fine = all(gathered(all(_is_finite(p) for p in pl_module.parameters()), trainer.world_size))
+        weights_fine = _weights_are_finite(trainer, pl_module)
         # on every rank, for a sharded model's forward passes wait for one another
         culprits = _culprits(trainer, pl_module, batch) if weights_fine else []
         value = float(loss)
-        own = None if value - value == 0 else self._message(trainer, batch, value, step, culprits)
+        whose = f"the loss of rank {trainer.global_rank}" if trainer.world_size > 1 else "the loss"
+        what = f"{whose} is {value} after {step} optimizer steps"
+        own = None if value - value == 0 else self._message(trainer, batch, what, culprits)
         found = "; also ".join(filter(None, gathered(own, trainer.world_size)))
         state = "" if weights_fine else " Weights are not finite either: go on from a checkpoint."
         raise NonFiniteLossError(f"{found}.{state} {_CAUSES}")
 
-    def _message(self, trainer: L.Trainer, batch: Any, value: float, step: int, culprits: list[_Place]) -> str:
+    def _check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop all ranks if the last step left weights of any that cannot be used."""
+        batch, weights_fine = self._batch, _weights_are_finite(trainer, pl_module)
+        value = _loss_again(trainer, pl_module, batch) if weights_fine and batch is not None else 0.0
+        loss_fine = value - value == 0
+        if weights_fine and all(gathered(loss_fine, trainer.world_size)):
+            return
+        culprits = _culprits(trainer, pl_module, batch) if weights_fine else []
+        whose = f"the last batch of rank {trainer.global_rank}" if trainer.world_size > 1 else "the last batch"
+        found = "not finite" if not weights_fine else f"finite, but give {whose} a loss of {value}"
+        own = f"the weights are {found} after {trainer.global_step} optimizer steps"
+        if batch is not None:
+            own = self._message(trainer, batch, own, culprits)
+        others = gathered(None if weights_fine and loss_fine else own, trainer.world_size)
+        raise NonFiniteLossError(f"{'; also '.join(filter(None, others))}. Go on from a checkpoint before. {_CAUSES}")
+
+    def _message(self, trainer: L.Trainer, batch: Any, what: str, culprits: list[_Place]) -> str:
         folder = Path(trainer.default_root_dir if self.dirpath is None else self.dirpath)
         folder.mkdir(parents=True, exist_ok=True)
         many = trainer.world_size > 1
@@ -103,8 +130,7 @@ class NonFiniteLossGuard(L.Callback):
         about = "documents whose logits are not finite" if culprits else "documents of the batch"
         names = "; ".join(self._name(batch, packed, place) for place in named[:_NAMED])
         more = f"; and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-        whose = f"the loss of rank {trainer.global_rank}" if many else "the loss"
-        return f"{whose} is {value} after {step} optimizer steps. Saved the batch to {path}; {about}: {names}{more}"
+        return f"{what}. Saved the batch to {path}; {about}: {names}{more}"
 
     def _name(self, batch: Any, packed: Any, place: _Place) -> str:
         row = batch["input_ids"][place.row]
@@ -128,10 +154,28 @@ class _Place(NamedTuple):
 _Waiting = tuple[Any, Tensor, Tensor, int]  # batch, loss, whether any rank's is not finite, steps
 
 
+def _weights_are_finite(trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+    """Whether those of all ranks are; of sharded weights each looks at its part."""
+    return all(gathered(all(_is_finite(p) for p in pl_module.parameters()), trainer.world_size))
+
+
 def _is_finite(parameter: Tensor) -> bool:
-    """Of a sharded weight, this rank's part."""
     local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return bool(local.isfinite().all())
+
+
+@torch.no_grad()
+def _loss_again(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> float:
+    """A batch's loss with the weights as they are, without dropout; 0 from a module that cannot be asked for it."""
+    if not isinstance(pl_module, CausalLMModule):
+        return 0.0
+    modes = [(part, part.training) for part in pl_module.modules()]
+    pl_module.eval()
+    with trainer.precision_plugin.forward_context():
+        total, _ = pl_module.batch_loss(batch)
+    for part, training in modes:
+        part.training = training
+    return float(total)
 
 
 def _plain(batch: Any) -> Any:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from packflex.integrations._output_head import OutputHead, output_head
+from packflex.integrations.transformers import blind_models
 from packflex.losses import WEIGHTINGS, linear_next_token_loss, next_token_loss, token_weights
 
 LOSSES = ("logits", "chunked", "liger")
@@ -40,7 +41,8 @@ class CausalLMModule(L.LightningModule):
 
     Raises:
         ValueError: an unknown weighting or loss, or a model whose output head the loss cannot replace.
-        ImportError: `loss="liger"` without liger-kernel.
+        ImportError: `loss="liger"` without liger-kernel. And in training and validation,
+        ValueError: a batch with `packed` and a model whose attention does not read it, without `PackFlexCallback`.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class CausalLMModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The batch's summed loss in units of about its size."""
-        total, count = self._loss(batch, self.loss_weighting)
+        total, count = self.batch_loss(batch, self.loss_weighting)
         self._unit = self._unit or self._common_unit(batch["labels"])
         self._totals.append((total.detach(), count))
         return total / self._unit
@@ -115,7 +117,7 @@ class CausalLMModule(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the batch to the sums."""
-        total, count = self._loss(batch, "token")
+        total, count = self.batch_loss(batch)
         self._val_totals.append((total.detach(), count))
 
     def on_validation_epoch_end(self) -> None:
@@ -126,6 +128,10 @@ class CausalLMModule(L.LightningModule):
             raise ValueError("the held-out documents have no supervised token; check the data's labels")
         self.log("val/loss", total / count, prog_bar=True, sync_dist=self.trainer.world_size > 1)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the weighting, which a run that goes on from here should share."""
+        checkpoint["loss_weighting"] = self.loss_weighting
+
     def configure_optimizers(self) -> Any:
         """Optimizer over the parameters that are trained, and the scheduler by steps."""
         optimizer = self._make_optimizer([p for p in self.parameters() if p.requires_grad])
@@ -134,8 +140,14 @@ class CausalLMModule(L.LightningModule):
         scheduler = self._make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _loss(self, batch: dict[str, Any], weighting: str) -> tuple[Tensor, Tensor]:
+    def batch_loss(self, batch: dict[str, Any], weighting: str = "token") -> tuple[Tensor, Tensor]:
         """Summed loss of a batch and the sum of its weights."""
+        if batch.get("packed") is not None and (blind := blind_models(self.model)):
+            raise ValueError(
+                f"the batch is packed, and {type(blind[0]).__name__} attends through "
+                f"{blind[0].config._attn_implementation!r}, so its documents would see one another: give the trainer "
+                "PackFlexCallback(), or call packflex.integrations.transformers.enable_packflex(model)"
+            )
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch["labels"]
         weights = token_weights(labels, batch.get("packed"), weighting)

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 class ProfileSteps(L.Callback):
@@ -56,7 +56,10 @@ class ProfileSteps(L.Callback):
         if self._profiler is not None:
             self._write(trainer)
         elif self._seen <= self.skip:
-            rank_zero_info(f"ProfileSteps: the run ended after {self._seen} batches, before the {self.skip} to skip")
+            rank_zero_warn(
+                f"ProfileSteps recorded nothing: the run ended after {self._seen} batches, and it skips the first "
+                f"{self.skip}; set skip lower (callbacks.profile.skip=... in the recipe)"
+            )
 
     def _write(self, trainer: L.Trainer) -> None:
         assert self._profiler is not None

@@ -19,11 +19,12 @@ _STDERR = 2  # written to by number: a handler may come in the middle of a print
 class SaveOnSignal(L.Callback):
     """On SIGINT, SIGTERM or SIGUSR2, finish the optimizer step, save a checkpoint, and stop training.
 
-    During the last step of `max_steps` or `max_epochs` there is nothing left to go on with: training ends as it would
-    have. The first signal is answered by a line on stderr. A second Ctrl-C stops at once, without a checkpoint: it goes
-    to whoever had SIGINT before, which for Python itself is a `KeyboardInterrupt`. Over several ranks a signal to any
-    of them stops all at the same step, on GPUs one step later. Lightning's own handling of them is set aside while
-    training runs.
+    During the last step of `max_steps` or `max_epochs` there is nothing left to go on with: training ends as it
+    would have. After the checkpoint no validation follows, which Lightning would run as it stops. The first signal
+    is answered by a line on stderr. A second Ctrl-C stops at once, without a checkpoint: it goes to whoever had
+    SIGINT before, which for Python itself is a `KeyboardInterrupt`. Over several ranks a signal to any of them
+    stops all at the same step, on GPUs one step later. Lightning's own handling of them is set aside while training
+    runs.
 
     Args:
         dirpath: folder of `interrupted.ckpt`; the trainer's `default_root_dir` when None.
@@ -43,6 +44,7 @@ class SaveOnSignal(L.Callback):
         self._speaks = True
         self._step = 0
         self._asked: torch.Tensor | None = None  # signals on all ranks, as of the step before
+        self._limit_val_batches: int | float | None = None  # the trainer's, while it is set aside
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the signals."""
@@ -65,14 +67,16 @@ class SaveOnSignal(L.Callback):
         trainer.save_checkpoint(folder / "interrupted.ckpt")
         self.checkpoint = folder / "interrupted.ckpt"
         trainer.should_stop = True
+        if not any(scheduler.reduce_on_plateau for scheduler in trainer.lr_scheduler_configs):  # it waits for a loss
+            self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the signals back."""
-        self._release()
+        """Give the signals and the validation back."""
+        self._release(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
-        self._release()
+        """Give the signals and the validation back."""
+        self._release(trainer)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -100,7 +104,9 @@ class SaveOnSignal(L.Callback):
             self.caught = signal.SIGTERM  # another rank's
         return anyone
 
-    def _release(self) -> None:
+    def _release(self, trainer: L.Trainer) -> None:
+        if self._limit_val_batches is not None:
+            trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -88,6 +90,7 @@ def create_block_mask(
     return _mask_of_lists(shape, tile, mask_mod, lists)
 
 
+@lru_cache
 def _has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 

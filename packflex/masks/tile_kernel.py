@@ -27,8 +27,8 @@ from packflex.mods.nodes import Node, Program, ordered
 from packflex.mods.printer import TYPES, Printer, arguments, device_imports
 
 _LIST_BLOCK = 256
-_MOST_ELEMENTS = 4096  # looked at together
-_MOST_TILES, _MOST_READ = 32, 2048  # tiles of one program, and keys of all its tiles where it reads tensors for each
+_MOST_ELEMENTS = 1024  # looked at together
+_MOST_TILES, _MOST_READ = 16, 1024  # tiles of one program, and keys of all its tiles where it reads tensors for each
 _HEADER = '''"""Printed by packflex: which tiles are visible under {what}."""
 
 import triton

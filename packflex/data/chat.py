@@ -55,9 +55,10 @@ class ChatEncoder:
                 f"{said}tokenizer {tokenizer_name(self.tokenizer)} has no chat template, and conversations need one; "
                 "give a Jinja file (chat_template=, --chat-template FILE), or an instruct model's tokenizer"
             )
-        # some tokenizers name only a few of their special tokens, and not the end of a turn
-        added = (token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special)
-        self._special = frozenset((*self.tokenizer.all_special_ids, *added))
+        # some tokenizers do not name the end of a turn among their special tokens, and the template writes it
+        added, template = self.tokenizer.added_tokens_decoder, str(self.tokenizer.chat_template)
+        written = (token_id for token_id, token in added.items() if token.special and token.content in template)
+        self._special = frozenset((*self.tokenizer.all_special_ids, *written))
         self._written = WrittenWords()
         self._marked = MarkedTurns()
         self._unmarked = UnmarkedTurns(self.tokenizer)

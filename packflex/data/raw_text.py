@@ -57,7 +57,7 @@ def _files(path: str | Sequence[str] | None) -> Iterator[Path]:
         yield from modules[:_MOST_MODULES]
         return
     for entry in [path] if isinstance(path, str) else path:
-        found = Path(named(entry)).expanduser()
+        found = Path(named(str(entry))).expanduser()
         if found.is_dir():
             inside = sorted(file for file in found.rglob("*") if file.suffix in SUFFIXES and file.is_file())
             if not inside:

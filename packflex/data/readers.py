@@ -57,7 +57,7 @@ def named(entry: str) -> str:
 
 
 def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files in a folder, not below it, with one of the suffixes, in order. Files of other kinds are passed over.
+    """Files in a folder, not below it, with one of the suffixes, in order. Others and hidden ones are passed over.
 
     Raises:
         DataError: where a part of the data would be read, or none is meant: compressed files or names in capitals that
@@ -68,7 +68,8 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
             f"{folder}: holds a packed data set, which is not packed again; train on it (data=packed "
             f"data.path={folder}), or give the documents that it was made from"
         )
-    files = sorted(file for file in folder.iterdir() if _is_file(file) and file.name not in _NO_DATA)
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    files = [entry for entry in entries if _is_file(entry) and entry.name not in _NO_DATA]
     found = [file for file in files if file.name.endswith(suffixes)]
     for file in files:
         name = file.name.lower()
@@ -83,9 +84,10 @@ def files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def matching(pattern: Path) -> list[Path]:
-    """Files that a glob matches, in order; folders that are there are taken as they are named, with [ or * in it."""
+    """Files that a glob matches, in order; folders that are there are first taken as they are named, [ and * too."""
     folder = next(parent for parent in pattern.parents if parent.is_dir())
-    names = glob.glob(str(Path(glob.escape(str(folder))) / pattern.relative_to(folder)), recursive=True)
+    literal = Path(glob.escape(str(folder))) / pattern.relative_to(folder)
+    names = glob.glob(str(literal), recursive=True) or glob.glob(str(pattern), recursive=True)
     return sorted(path for path in map(Path, names) if _is_file(path))
 
 

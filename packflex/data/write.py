@@ -354,7 +354,8 @@ def load_packed(
         if manifest.file_format == "arrow":
             dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(shard) for shard in shards])
         else:
-            dataset = datasets.Dataset.from_parquet([glob.escape(shard) for shard in shards])  # it takes patterns
+            # it takes patterns, and puts the current folder before relative ones
+            dataset = datasets.Dataset.from_parquet([glob.escape(os.path.abspath(shard)) for shard in shards])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         with room_needed(
             Path(datasets.config.HF_DATASETS_CACHE),

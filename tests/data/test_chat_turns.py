@@ -169,3 +169,5 @@ def test_the_line_after_an_end_mark_that_the_tokenizer_does_not_name(plain):
     ended_by_a_line = BARE.replace("{{ eos_token }}", "")
     thought = {"role": "assistant", "content": "four<|note|>"}
     assert learned(tokenizer, ended_by_a_line, ASKED, thought) == ["four<|note|>\n"], "the line is the end here"
+    quoted = {"role": "assistant", "content": "four<|im_end|>"}
+    assert learned(tokenizer, ended_by_a_line, ASKED, quoted) == ["four<|im_end|>\n"], "a mark of the message's own"

@@ -454,8 +454,25 @@ def test_a_folder_named_like_a_pattern_is_read_and_no_other(tmp_path, monkeypatc
         assert load_documents("arrow", f"{base}/saved")["text"][:] == [name]
         for path in (str(base), f"{base}/x.txt", f"{base}/*.txt"):
             assert load_texts(path)["text"][:] == [name]
+    assert load_texts([tmp_path / name / "x.txt"])["text"][:] == [name]
     both = load_documents("jsonl", "[ra]*/x.jsonl")["text"][:]
     assert sorted(both) == sorted([name, sibling]), "a pattern all the same where no such folder is there"
+
+
+def test_a_pattern_that_is_a_folder_too_matches_as_one_where_the_folder_has_nothing(tmp_path):
+    (tmp_path / "run[1]").mkdir()
+    folder_of(tmp_path / "run1", "x.jsonl")
+    assert len(load_documents("jsonl", f"{tmp_path}/run[1]/*.jsonl")) == 1
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+    """Locks of an editor, and what file systems keep beside files."""
+    folder = folder_of(tmp_path / "data", "a.jsonl")
+    (folder / ".#a.jsonl").symlink_to("someone@somewhere.1234")
+    (folder / "._a.jsonl").write_bytes(b"\0\5\x16\7")
+    (folder / ".meta.json").write_text("{}")
+    assert guess_kind(str(folder)) == "jsonl"
+    assert len(load_documents("jsonl", folder)) == 1
 
 
 def test_hub_that_cannot_be_reached_gives_one_line():

@@ -84,10 +84,14 @@ def test_what_is_written_is_read(tmp_path, tokenizer, monkeypatch, file_format, 
         ("100%[", "100"),
     ],
 )
-def test_a_folder_named_like_a_pattern_is_read_and_no_other(tmp_path, tokenizer, name, sibling, file_format):
+def test_a_folder_named_like_a_pattern_is_read_and_no_other(
+    tmp_path, tokenizer, monkeypatch, name, sibling, file_format
+):
     write_rows(tmp_path / sibling / "out", tokenizer, rows=ROWS[5:], file_format=file_format)
     write_rows(tmp_path / name / "out", tokenizer, rows=ROWS[:35], file_format=file_format)
     assert load_packed(tmp_path / name / "out", tokenizer).dataset.to_list() == ROWS[:35]
+    monkeypatch.chdir(tmp_path / name)
+    assert load_packed("out", tokenizer).dataset.to_list() == ROWS[:35]
 
 
 def test_a_folder_that_would_be_taken_for_an_archive(tmp_path, tokenizer, monkeypatch):

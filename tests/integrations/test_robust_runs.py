@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from packflex import PackedLayout
+from packflex.data.collate import PackedCollator
 from packflex.integrations.lightning import (
     AtomicCheckpointIO,
     CausalLMModule,
@@ -317,9 +318,42 @@ def test_weights_that_the_last_step_spoils_end_the_run(tmp_path, spoiled, found)
     fit = trainer(tmp_path, [PackFlexCallback(), NonFiniteLossGuard(), SpoilWeights(2, **spoiled)], max_steps=2)
     with pytest.raises(NonFiniteLossError, match=re.escape(found)) as error:
         fit.fit(CausalLMModule(model, SGD), data())
-    assert re.search(r"document 0 of row 0 \(\d+ tokens: .*Go on from a checkpoint before\. Common", str(error.value))
+    said = str(error.value)
+    assert re.search(r"document 0 of row 0 \(\d+ tokens: .*Go on from a checkpoint of an earlier step, if one", said)
     assert len(torch.load(tmp_path / "nonfinite_batch.pt", weights_only=True)["lengths"]) == 2
     assert model.training, "as it was"
+
+
+class OwnTargets(CausalLMModule):
+    """Labels come under another name."""
+
+    def training_step(self, batch, batch_idx):
+        labels = batch["targets"]
+        return super().training_step({k: v for k, v in batch.items() if k != "targets"} | {"labels": labels}, batch_idx)
+
+
+class RenameLabels(L.LightningDataModule):
+    """Batches for `OwnTargets`."""
+
+    def train_dataloader(self):
+        batches = [PackedCollator(SEQ_LEN)([row]) for row in packed_rows().select(range(2))]
+        renamed = [{"targets" if name == "labels" else name: v for name, v in each.items()} for each in batches]
+        return torch.utils.data.DataLoader(renamed, batch_size=None)
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [torch.zeros(4).to(torch.float8_e4m3fn), torch.tensor([0.0, -torch.inf]), None],
+    ids=["float8", "minus infinity", "other batches"],
+)
+def test_the_look_at_the_end_passes_what_no_step_changed(tmp_path, frozen):
+    """Frozen weights of types without `isfinite` and infinite ones, and steps that make batches of their own."""
+    module = CausalLMModule(tiny_model(), SGD) if frozen is not None else OwnTargets(tiny_model(), SGD)
+    if frozen is not None:
+        module.model.register_parameter("frozen", torch.nn.Parameter(frozen, requires_grad=False))
+    fit = trainer(tmp_path, [PackFlexCallback(leak_check=False), NonFiniteLossGuard()], max_steps=2)
+    fit.fit(module, data() if frozen is not None else RenameLabels())
+    assert fit.global_step == 2
 
 
 class FrozenPart(L.Callback):
@@ -423,7 +457,10 @@ def test_the_losses_of_several_ranks_are_told_apart(tmp_path, monkeypatch):
     named = "documents of the batch: document 0 of row 0 (3 tokens: 1 1 1 ...)"
     text = str(error.value)
     assert f"{named}; also the loss of rank 1 is nan" in text
-    assert f"{named}. Weights are not finite either: go on from a checkpoint. Common causes: a learning" in text
+    assert (
+        f"{named}. Weights are not finite either: go on from a checkpoint of an earlier step. Common causes: a learning"
+        in text
+    )
 
 
 def test_documents_of_a_batch_that_ranks_share_are_named(tmp_path):

@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 import torch.multiprocessing as mp
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from packflex import PackedLayout
 from packflex.data.collate import PackedCollator
@@ -116,23 +116,50 @@ class Validations(L.Callback):
         return path.read_text().split() if path.exists() else []
 
 
-@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
-@pytest.mark.parametrize("monitor", [None, "val/loss"])
-@pytest.mark.parametrize(("batch", "before"), [(4, []), (9, []), (10, ["10"]), (15, ["10"])])
-def test_no_validation_comes_after_the_checkpoint_of_a_signal(tmp_path, batch, before, monitor):
-    """In the first and the second of two epochs of 10 batches, in their middle and at their end."""
+def fit_with_signal(tmp_path, batch, *callbacks):
+    """A signal in that batch, of four epochs of 10 with validations."""
     rows = packed_rows().select(range(10))
     held = PackedDataModule(rows, rows, seq_len=SEQ_LEN, batch_size=1, seed=5)
-    callbacks = [ModelCheckpoint(tmp_path, monitor=monitor), Validations(tmp_path), SaveOnSignal(tmp_path)]
-    callbacks.append(SendSignal(signal.SIGTERM, batch))
+    callbacks = [*callbacks, SaveOnSignal(tmp_path), SendSignal(signal.SIGTERM, batch)]
     options = {"enable_checkpointing": True, "num_sanity_val_steps": 0}
     fit = trainer(tmp_path, callbacks, max_steps=-1, max_epochs=4, **options)
     module = CausalLMModule(tiny_model(), SGD)
     fit.fit(module, held)
     assert fit.global_step == batch + 1
-    assert callbacks[1].seen() == before
     assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == batch + 1
-    assert fit.validate(module, held, verbose=False)[0]["val/loss"] > 0, "the trainer validates as before"
+    return fit.validate(module, held, verbose=False)[0]["val/loss"]
+
+
+BATCHES = pytest.mark.parametrize(
+    ("batch", "before"),
+    [(4, []), (9, []), (10, ["10"]), (15, ["10"])],
+    ids=["middle of the first epoch", "its end", "start of the second", "its middle"],
+)
+
+
+@BATCHES
+def test_no_validation_comes_after_the_checkpoint_of_a_signal(tmp_path, batch, before):
+    validations = Validations(tmp_path)
+    loss = fit_with_signal(tmp_path, batch, ModelCheckpoint(tmp_path, monitor=None), validations)
+    assert validations.seen() == [*before, str(batch + 1)], "the last by `validate`: the trainer validates as before"
+    assert loss > 0
+
+
+@BATCHES
+@pytest.mark.parametrize("at_end", [True, False, None])
+@pytest.mark.parametrize("kind", [EarlyStopping, ModelCheckpoint])
+def test_a_callback_with_a_monitor_gets_its_metric_at_a_signal_too(tmp_path, batch, before, at_end, kind):
+    """Early stopping would raise, and the checkpoint hold the weights under the loss of older ones."""
+    if kind is EarlyStopping:
+        waits = EarlyStopping("val/loss", check_on_train_epoch_end=at_end)
+    else:
+        waits = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1, save_on_train_epoch_end=at_end)
+    validations = Validations(tmp_path)
+    loss = fit_with_signal(tmp_path, batch, validations, waits)
+    last = str(batch + 1)
+    assert validations.seen() == [*before, last, last], "of fit, and of `validate`"
+    score = waits.best_score if kind is EarlyStopping else waits.current_score
+    assert float(score) == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_schedule_by_the_heldout_loss_gets_it_at_a_signal_too(tmp_path):

@@ -183,7 +183,7 @@ def _loss_again(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) ->
     modes = [(part, part.training) for part in pl_module.modules()]
     pl_module.eval()
     with trainer.precision_plugin.forward_context():
-        total, _ = pl_module.batch_loss(batch)
+        total, _ = pl_module.batch_loss(dict(batch))
     for part, training in modes:
         part.training = training
     return float(total)

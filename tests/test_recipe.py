@@ -565,6 +565,13 @@ def test_a_run_resumed_in_its_folder_has_the_metrics_of_both_parts(place, tmp_pa
     assert drawn[-1][0] == (0, losses[0])
 
 
+@pytest.mark.parametrize(("callbacks", "steps"), [("default", {0}), ("early_stopping", {0, 3})])
+def test_a_signal_is_followed_by_a_validation_where_one_is_waited_for(place, tmp_path, callbacks, steps):
+    with pytest.raises(SystemExit):
+        recipe.finetune(composed(tmp_path, *small(place, f"callbacks={callbacks}", "steps.total=8", signalled(3))))
+    assert {int(step) for step in read_metrics(tmp_path / "metrics.csv", "val/loss")[0]} == steps
+
+
 @pytest.mark.parametrize("limit", ["trainer.max_steps=4", "trainer.max_epochs=1"])
 def test_a_signal_during_the_last_step_leaves_a_finished_run(place, tmp_path, limit, caplog):
     epochs = [] if "steps" in limit else ["trainer.max_steps=-1"]

@@ -51,7 +51,8 @@ _WHOLE_NUMBERS = {
     "steps.warmup": (0, True),
     "sample.max_new_tokens": (1, False),
 }
-# Least and greatest value of other numbers, and and whether that is one of its values.
+# Least and greatest value of other numbers, and whether the greatest is one of them. Null is taken as 0, but for
+# steps.warmup_share, which is not read where steps.warmup is set.
 _NUMBERS = {
     "heldout.percent": (0, 100, False),
     "steps.warmup_share": (0, 1, True),
@@ -92,6 +93,8 @@ def check_settings(config: DictConfig) -> None:
     check_words(config)
     for name, (low, high, both) in _NUMBERS.items():
         value = OmegaConf.select(config, name)
+        if value is None and (name != "steps.warmup_share" or config.steps.warmup is not None):
+            continue
         if not _is_number(value) or not (low <= value < high or (both and value == high)):
             top = "" if math.isinf(high) else f" to {high}" if both else f" to below {high}"
             raise SetupError(f"{name}={value} must be a number from {low}{top or ' upwards'}")
@@ -103,9 +106,10 @@ def check_settings(config: DictConfig) -> None:
         if config.trainer[name] == 0:
             raise SetupError(f"trainer.{name}=0 trains nothing; set it above 0, or to -1 where the other ends the run")
     _check_validations(config.trainer)
-    for name, whole in (("limit_train_batches", 1.0), ("overfit_batches", 0)):
-        value = config.trainer.get(name, whole)
-        if value is not None and (value != whole or type(value) is not type(whole)):  # 1 is one batch, 1.0 all of them
+    limit, overfit = (config.trainer.get(name) for name in ("limit_train_batches", "overfit_batches"))
+    limited = limit is not None and not (limit == 1 and isinstance(limit, float))  # 1 is one batch, 1.0 all of them
+    for name, value, cuts in (("limit_train_batches", limit, limited), ("overfit_batches", overfit, bool(overfit))):
+        if cuts:
             raise SetupError(
                 f"trainer.{name}={value} cuts epochs short, and the schedule and resumed runs count whole ones; take "
                 "fewer documents (data.limit=...) or fewer steps (trainer.max_steps=...)"

@@ -205,7 +205,7 @@ def load_splits(config: DictConfig) -> tuple[Dataset, Dataset | None]:
         count = min(len(found), heldout.limit or len(found))
         # spread over all of them: files are often sorted, and the first would be of one kind
         return documents, found.select(np.linspace(0, len(found) - 1, count).round().astype(int))
-    if heldout.percent == 0:
+    if not heldout.percent:
         return documents, None
     count = max(1, round(len(documents) * heldout.percent / 100))
     count = min(count, heldout.limit or count)

@@ -266,6 +266,7 @@ def test_wrong_data(content, percent, message, place, tmp_path):
         (["sample.temperature=nan"], "sample.temperature=nan must be a number from 0 upwards"),
         (["heldout.percent=abc"], "heldout.percent=abc must be a number from 0 to below 100"),
         (["heldout.percent=100"], "heldout.percent=100 must be a number from 0 to below 100"),
+        (["steps.warmup_share=null"], "steps.warmup_share=None must be a number from 0 to 1"),
         (["steps.warmup_share=abc"], "steps.warmup_share=abc must be a number from 0 to 1"),
         (["steps.warmup_share=5"], "steps.warmup_share=5 must be a number from 0 to 1"),
         (["trainer.val_check_interval=0"], "trainer.val_check_interval=0 must be a whole number of batches, a share"),
@@ -429,13 +430,28 @@ def test_validations_counted_over_epochs(place, tmp_path):
     assert {0, 3, 7, 9} == set(steps), steps
 
 
-def test_whole_epochs_by_other_words_are_taken(place, tmp_path):
-    words = [
-        "+trainer.limit_train_batches=1.0",
-        "+trainer.overfit_batches=0",
-        "trainer.val_check_interval='00:00:10:00'",
-    ]
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["+trainer.limit_train_batches=1.0", "+trainer.overfit_batches=0"],
+        ["+trainer.limit_train_batches=null", "+trainer.overfit_batches=0.0"],
+    ],
+)
+def test_whole_epochs_by_other_words_are_taken(place, tmp_path, words):
+    words = [*words, "trainer.val_check_interval='00:00:10:00'"]
     assert recipe.finetune(composed(tmp_path, *small(place, *words, "trainer.max_steps=1"))).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("held", "rows"), [([], False), (["heldout.path={place}/train.jsonl", "heldout.limit=3"], True)]
+)
+def test_settings_that_are_not_needed_may_be_null(place, tmp_path, held, rows):
+    """Nothing is held out, or from elsewhere, the warm-up is given in steps, and a sample is the likeliest."""
+    held = [setting.format(place=place) for setting in held]
+    nulls = ["heldout.percent=null", "steps.warmup=1", "steps.warmup_share=null", "sample.temperature=null"]
+    summary = recipe.finetune(composed(tmp_path, *small(place, *nulls, *held, "trainer.max_steps=1")))
+    assert summary.steps == 1
+    assert (tmp_path / "metrics.csv").read_text().count("val/loss") == rows
 
 
 def test_a_metric_that_another_callback_does_not_log_is_one_line(place, tmp_path, capsys):
@@ -547,6 +563,13 @@ def test_a_run_resumed_in_its_folder_has_the_metrics_of_both_parts(place, tmp_pa
     assert {0, 4, 6, 8} <= set(steps)
     assert [step for step, _ in drawn[-1]] == [*sorted(step for step in steps if step < 6), 6, 8]
     assert drawn[-1][0] == (0, losses[0])
+
+
+@pytest.mark.parametrize(("callbacks", "steps"), [("default", {0}), ("early_stopping", {0, 3})])
+def test_a_signal_is_followed_by_a_validation_where_one_is_waited_for(place, tmp_path, callbacks, steps):
+    with pytest.raises(SystemExit):
+        recipe.finetune(composed(tmp_path, *small(place, f"callbacks={callbacks}", "steps.total=8", signalled(3))))
+    assert {int(step) for step in read_metrics(tmp_path / "metrics.csv", "val/loss")[0]} == steps
 
 
 @pytest.mark.parametrize("limit", ["trainer.max_steps=4", "trainer.max_epochs=1"])

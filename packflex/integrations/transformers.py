@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -60,6 +61,14 @@ _WASTED_MASK_BYTES = 64 * 2**20
 # Configurations in which a window of W counts distances below W in both directions. transformers' general masks for
 # bidirectional windows include distance W.
 _EXCLUSIVE_WINDOWS = frozenset({"gemma3_text", "gemma3"})
+
+# Decoders that hand `position_ids` to transformers' masks, which tell documents by them; gpt-oss and Falcon do not.
+_BY_POSITIONS = frozenset(
+    {
+        "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "olmo3", "phi3",
+        "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
+    }
+)  # fmt: skip
 
 
 def enable_packflex(model: nn.Module, backend: str | None = None) -> None:
@@ -120,14 +129,49 @@ def transformers_models(module: nn.Module) -> list[PreTrainedModel]:
     return list(found)
 
 
-def blind_models(module: nn.Module) -> list[PreTrainedModel]:
-    """The transformers models in `module` that would let packed documents see one another: nobody reads `packed`.
+def blind_models(module: nn.Module, batch: Mapping[str, Any]) -> list[PreTrainedModel]:
+    """The text models in `module` that may let the documents of a packed batch see one another.
 
-    Not those whose attention function or whose own `forward` names `packed`, nor those inside a module that does.
+    Not those whose attention function or whose own `forward` names `packed`, nor those inside a module that does. Nor
+    those of `_BY_POSITIONS` that go by the batch's `position_ids`: without an `attention_mask` and a cache, which
+    `use_cache=False` or gradient checkpointing in training leaves out.
     """
-    found = [] if _takes_layout(module.forward) else transformers_models(module)
-    functions = ((one, AttentionInterface().get(one.config._attn_implementation)) for one in found)
-    return [one for one, function in functions if not _takes_layout(function) and not _takes_layout(one.forward)]
+    blind = []
+    for one in [] if _takes_layout(module.forward) else transformers_models(module):
+        found = one.get_decoder()  # of a model that reads images too, what attends to text
+        text = found if isinstance(found, PreTrainedModel) else one
+        function = AttentionInterface().get(text.config._attn_implementation)
+        reads = any(map(_takes_layout, (function, one.forward, text.forward)))
+        if not reads and not (_hands_on(module, one) and _goes_by_positions(one, text, batch)):
+            blind.append(text)
+    return blind
+
+
+def _hands_on(module: nn.Module, model: PreTrainedModel) -> bool:
+    """Whether `module` is the model, or torch.compile or peft around it, and gives it the batch as it is.
+
+    Prompt and prefix tuning do not: they leave out positions or bring a cache.
+    """
+    inner: Any = getattr(module, "_orig_mod", module)
+    settings = getattr(inner, "peft_config", {}).values()
+    if hasattr(inner, "get_base_model") and not any(each.is_prompt_learning for each in settings):
+        inner = inner.get_base_model()
+    return inner is model
+
+
+def _goes_by_positions(model: PreTrainedModel, text: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
+    """Whether transformers' own masks keep the documents of the batch apart."""
+    config, packed, positions = text.config, batch.get("packed"), batch.get("position_ids")
+    if config.model_type not in _BY_POSITIONS or model.config.model_type != config.model_type:
+        return False
+    if config._attn_implementation not in ("eager", "sdpa", "flex_attention") or not _is_causal(text, None):
+        return False
+    if batch.get("attention_mask") is not None or batch.get("past_key_values") is not None:
+        return False
+    cached = config.use_cache if batch.get("use_cache") is None else batch["use_cache"]
+    if cached and not (text.training and getattr(text, "gradient_checkpointing", False)):
+        return False
+    return isinstance(packed, PackedLayout) and positions is not None and torch.equal(positions, packed.position_ids)
 
 
 def _takes_layout(function: Any) -> bool:

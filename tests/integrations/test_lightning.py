@@ -5,10 +5,20 @@ import logging
 from pathlib import Path
 
 import lightning as L
+import peft
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from packflex import document_mask, flex_attention, pack_dataset
 from packflex.data.collate import PackedCollator, PaddedCollator
@@ -16,7 +26,7 @@ from packflex.data.stream import PackedStream
 from packflex.integrations.lightning import CausalLMModule, PackedDataModule, PackFlexCallback
 from packflex.integrations.lightning import callback as callback_of
 from packflex.integrations.lightning import module as module_of
-from packflex.integrations.transformers import enable_packflex
+from packflex.integrations.transformers import _BY_POSITIONS, enable_packflex
 from packflex.losses import next_token_loss
 from packflex.models import add_adapters
 from packflex.testing.families import FAMILIES
@@ -136,7 +146,7 @@ def test_a_model_that_does_not_read_the_layout_is_refused(tmp_path, stage, wrapp
     data = PackedDataModule(packed_rows(), packed_rows(), seq_len=SEQ_LEN, batch_size=2)
     fit = trainer(tmp_path)
     with pytest.raises(
-        ValueError, match=r"LlamaForCausalLM attends through 'eager', so .* PackFlexCallback\(\), or call"
+        ValueError, match=r"LlamaModel attends through 'eager', so .* may see .* PackFlexCallback\(\), or call"
     ):
         getattr(fit, stage)(module, data)
 
@@ -180,6 +190,119 @@ def test_models_that_read_the_layout_themselves_need_no_callback(tmp_path, own):
     data = PackedDataModule(rows, seq_len=SEQ_LEN, batch_size=2, order="sequential")
     trainer(tmp_path, [recorder], max_steps=1).fit(CausalLMModule(model, SGD), data)
     assert recorder.losses[-1] == pytest.approx(expected, rel=1e-5)
+
+
+def packed_batch():
+    """Two rows of several documents, and the same with other tokens in the first of each."""
+    batch = PackedCollator(SEQ_LEN)([dict(row) for row in packed_rows().select(range(2))])
+    other = batch["input_ids"].clone()
+    for row, lengths in enumerate(batch["packed"].lengths):
+        assert len(lengths) > 1
+        other[row, : lengths[0]] = 7
+    return batch, batch | {"input_ids": other}
+
+
+def sees_others(model, **options):
+    """Whether anything after the first document of a row follows from its tokens."""
+    batch, other = ({k: v for k, v in each.items() if k != "labels"} | options for each in packed_batch())
+    with torch.no_grad():
+        differences = (model(**batch).logits - model(**other).logits).abs().amax(-1)
+    return any(bool(differences[row, n[0] : sum(n)].any()) for row, n in enumerate(batch["packed"].lengths))
+
+
+def refuses(model, **options):
+    try:
+        CausalLMModule(model, SGD).batch_loss(packed_batch()[0] | options)
+    except ValueError as error:
+        return "so its documents may see one another" in str(error) or pytest.fail(str(error))
+    return False
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "sliding_window": 8, "pad_token_id": 0,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 2, "num_local_experts": 2,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", sorted(_BY_POSITIONS))
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_families_that_go_by_positions_are_taken_without_a_cache(family, attention):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL), attn_implementation="eager").eval()
+    if attention == "sdpa" and not model._supports_sdpa:
+        pytest.skip("has none")
+    model.set_attn_implementation(attention)
+    assert sees_others(model), "what is refused is wrong"
+    assert refuses(model)
+    assert not sees_others(model, use_cache=False)
+    assert not refuses(model, use_cache=False)
+    model.config.use_cache = False
+    assert not refuses(model)
+    assert not refuses(torch.compile(model, backend="eager"))
+    assert refuses(model, attention_mask=torch.ones(2, SEQ_LEN, dtype=torch.long))
+    assert refuses(model, position_ids=torch.arange(SEQ_LEN).repeat(2, 1)), "they tell nothing"
+    assert refuses(model, position_ids=None)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_gradient_checkpointing_keeps_no_cache_in_training():
+    model = tiny_model(attn_implementation="sdpa")
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert not sees_others(model)
+    assert not refuses(model)
+    model.eval()
+    assert sees_others(model)
+    assert refuses(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gpt_oss", {}),
+        ("falcon", {}),
+        ("llama", {"is_causal": False}),
+    ],
+    ids=["gpt-oss", "falcon", "bidirectional"],
+)
+def test_models_that_do_not_go_by_positions_are_refused(family, options):
+    """The masks of some do not get positions, and those that look both ways never do."""
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in SMALL.items() if (family, k) != ("falcon", "head_dim")}
+    config = AutoConfig.for_model(family, **sizes, **options, use_cache=False)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    assert sees_others(model)
+    assert refuses(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_adapters_around_models_that_go_by_positions(kind):
+    model = tiny_model(attn_implementation="eager", use_cache=False)
+    if kind == "lora":
+        settings = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    else:
+        settings = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    assert refuses(peft.get_peft_model(model, settings)) == (kind == "prefix")
+
+
+def test_the_text_model_inside_a_larger_one_is_what_counts():
+    """Llava's is switched alone, for the whole reads images; and switched back."""
+    torch.manual_seed(0)
+    eye = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eye |= {"image_size": 8, "patch_size": 4, "projection_dim": 8}
+    text = LlamaConfig(**{k: v for k, v in SMALL.items() if k != "sliding_window"})
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**eye), text_config=text, image_token_index=63)
+    model = LlavaForConditionalGeneration(config).eval()
+    assert sees_others(model)
+    assert refuses(model)
+    enable_packflex(model.model.language_model)
+    assert not sees_others(model)
+    assert not refuses(model)
+    model.model.language_model.set_attn_implementation("sdpa")
+    assert refuses(model)
 
 
 class SaveGradients(L.Callback):

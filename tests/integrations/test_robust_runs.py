@@ -12,9 +12,10 @@ import lightning as L
 import pytest
 import torch
 import torch.multiprocessing as mp
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from packflex import PackedLayout
+from packflex.data.collate import PackedCollator
 from packflex.integrations.lightning import (
     AtomicCheckpointIO,
     CausalLMModule,
@@ -115,23 +116,50 @@ class Validations(L.Callback):
         return path.read_text().split() if path.exists() else []
 
 
-@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
-@pytest.mark.parametrize("monitor", [None, "val/loss"])
-@pytest.mark.parametrize(("batch", "before"), [(4, []), (9, []), (10, ["10"]), (15, ["10"])])
-def test_no_validation_comes_after_the_checkpoint_of_a_signal(tmp_path, batch, before, monitor):
-    """In the first and the second of two epochs of 10 batches, in their middle and at their end."""
+def fit_with_signal(tmp_path, batch, *callbacks):
+    """A signal in that batch, of four epochs of 10 with validations."""
     rows = packed_rows().select(range(10))
     held = PackedDataModule(rows, rows, seq_len=SEQ_LEN, batch_size=1, seed=5)
-    callbacks = [ModelCheckpoint(tmp_path, monitor=monitor), Validations(tmp_path), SaveOnSignal(tmp_path)]
-    callbacks.append(SendSignal(signal.SIGTERM, batch))
+    callbacks = [*callbacks, SaveOnSignal(tmp_path), SendSignal(signal.SIGTERM, batch)]
     options = {"enable_checkpointing": True, "num_sanity_val_steps": 0}
     fit = trainer(tmp_path, callbacks, max_steps=-1, max_epochs=4, **options)
     module = CausalLMModule(tiny_model(), SGD)
     fit.fit(module, held)
     assert fit.global_step == batch + 1
-    assert callbacks[1].seen() == before
     assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == batch + 1
-    assert fit.validate(module, held, verbose=False)[0]["val/loss"] > 0, "the trainer validates as before"
+    return fit.validate(module, held, verbose=False)[0]["val/loss"]
+
+
+BATCHES = pytest.mark.parametrize(
+    ("batch", "before"),
+    [(4, []), (9, []), (10, ["10"]), (15, ["10"])],
+    ids=["middle of the first epoch", "its end", "start of the second", "its middle"],
+)
+
+
+@BATCHES
+def test_no_validation_comes_after_the_checkpoint_of_a_signal(tmp_path, batch, before):
+    validations = Validations(tmp_path)
+    loss = fit_with_signal(tmp_path, batch, ModelCheckpoint(tmp_path, monitor=None), validations)
+    assert validations.seen() == [*before, str(batch + 1)], "the last by `validate`: the trainer validates as before"
+    assert loss > 0
+
+
+@BATCHES
+@pytest.mark.parametrize("at_end", [True, False, None])
+@pytest.mark.parametrize("kind", [EarlyStopping, ModelCheckpoint])
+def test_a_callback_with_a_monitor_gets_its_metric_at_a_signal_too(tmp_path, batch, before, at_end, kind):
+    """Early stopping would raise, and the checkpoint hold the weights under the loss of older ones."""
+    if kind is EarlyStopping:
+        waits = EarlyStopping("val/loss", check_on_train_epoch_end=at_end)
+    else:
+        waits = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1, save_on_train_epoch_end=at_end)
+    validations = Validations(tmp_path)
+    loss = fit_with_signal(tmp_path, batch, validations, waits)
+    last = str(batch + 1)
+    assert validations.seen() == [*before, last, last], "of fit, and of `validate`"
+    score = waits.best_score if kind is EarlyStopping else waits.current_score
+    assert float(score) == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_schedule_by_the_heldout_loss_gets_it_at_a_signal_too(tmp_path):
@@ -317,9 +345,42 @@ def test_weights_that_the_last_step_spoils_end_the_run(tmp_path, spoiled, found)
     fit = trainer(tmp_path, [PackFlexCallback(), NonFiniteLossGuard(), SpoilWeights(2, **spoiled)], max_steps=2)
     with pytest.raises(NonFiniteLossError, match=re.escape(found)) as error:
         fit.fit(CausalLMModule(model, SGD), data())
-    assert re.search(r"document 0 of row 0 \(\d+ tokens: .*Go on from a checkpoint before\. Common", str(error.value))
+    said = str(error.value)
+    assert re.search(r"document 0 of row 0 \(\d+ tokens: .*Go on from a checkpoint of an earlier step, if one", said)
     assert len(torch.load(tmp_path / "nonfinite_batch.pt", weights_only=True)["lengths"]) == 2
     assert model.training, "as it was"
+
+
+class OwnTargets(CausalLMModule):
+    """Labels come under another name."""
+
+    def training_step(self, batch, batch_idx):
+        labels = batch["targets"]
+        return super().training_step({k: v for k, v in batch.items() if k != "targets"} | {"labels": labels}, batch_idx)
+
+
+class RenameLabels(L.LightningDataModule):
+    """Batches for `OwnTargets`."""
+
+    def train_dataloader(self):
+        batches = [PackedCollator(SEQ_LEN)([row]) for row in packed_rows().select(range(2))]
+        renamed = [{"targets" if name == "labels" else name: v for name, v in each.items()} for each in batches]
+        return torch.utils.data.DataLoader(renamed, batch_size=None)
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [torch.zeros(4).to(torch.float8_e4m3fn), torch.tensor([0.0, -torch.inf]), None],
+    ids=["float8", "minus infinity", "other batches"],
+)
+def test_the_look_at_the_end_passes_what_no_step_changed(tmp_path, frozen):
+    """Frozen weights of types without `isfinite` and infinite ones, and steps that make batches of their own."""
+    module = CausalLMModule(tiny_model(), SGD) if frozen is not None else OwnTargets(tiny_model(), SGD)
+    if frozen is not None:
+        module.model.register_parameter("frozen", torch.nn.Parameter(frozen, requires_grad=False))
+    fit = trainer(tmp_path, [PackFlexCallback(leak_check=False), NonFiniteLossGuard()], max_steps=2)
+    fit.fit(module, data() if frozen is not None else RenameLabels())
+    assert fit.global_step == 2
 
 
 class FrozenPart(L.Callback):
@@ -418,12 +479,13 @@ def test_the_losses_of_several_ranks_are_told_apart(tmp_path, monkeypatch):
     layout = PackedLayout.from_lengths([[3]])
     ids = torch.ones(1, 3, dtype=torch.long)
     item = ({"input_ids": ids, "packed": layout}, torch.tensor(torch.nan), torch.tensor(1.0), 7)
+    weight = torch.tensor(torch.inf, requires_grad=True)
     with pytest.raises(NonFiniteLossError) as error:
-        NonFiniteLossGuard()._check(fit, SimpleNamespace(parameters=lambda: [torch.tensor(torch.inf)]), item)
+        NonFiniteLossGuard()._check(fit, SimpleNamespace(parameters=lambda: [weight]), item)
     named = "documents of the batch: document 0 of row 0 (3 tokens: 1 1 1 ...)"
     text = str(error.value)
     assert f"{named}; also the loss of rank 1 is nan" in text
-    assert f"{named}. Weights are not finite either: go on from a checkpoint. Common causes: a learning" in text
+    assert f"{named}. Weights are not finite either: go on from a checkpoint of an earlier step. Common causes:" in text
 
 
 def test_documents_of_a_batch_that_ranks_share_are_named(tmp_path):

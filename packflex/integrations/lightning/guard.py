@@ -28,11 +28,13 @@ class NonFiniteLossGuard(L.Callback):
     """Look at every batch's loss before its backward, and stop at the first that is not finite.
 
     On a GPU the loss looked at is the one before, so that the host runs ahead by a batch and need not wait. What stops
-    is therefore at most one optimizer step late; checkpoints are from before. Several ranks stop together, all with the
-    message of the one whose loss it is.
+    is therefore at most one optimizer step late. Several ranks stop together, all with the message of the one whose
+    loss it is.
 
-    The last optimizer step has no loss after it: as training ends, the weights are looked at, and with a
-    `CausalLMModule` the loss of the last batch once more.
+    The last optimizer step has no loss after it: as training ends, the weights that are trained are looked at, and the
+    loss of the last batch once more; that of a `CausalLMModule` with its own `training_step` and a batch with `labels`.
+    Checkpoints that were written after the step that spoiled the weights hold them so, and may have replaced an earlier
+    one.
 
     The batch goes to `nonfinite_batch.pt`: `torch.load(path)` gives its tensors, and `lengths`, those of the documents
     of each row. Documents whose own logits are not finite are named; all of the batch's when it cannot be told, since
@@ -100,7 +102,7 @@ class NonFiniteLossGuard(L.Callback):
         what = f"{whose} is {value} after {step} optimizer steps"
         own = None if value - value == 0 else self._message(trainer, batch, what, culprits)
         found = "; also ".join(filter(None, gathered(own, trainer.world_size)))
-        state = "" if weights_fine else " Weights are not finite either: go on from a checkpoint."
+        state = "" if weights_fine else " Weights are not finite either: go on from a checkpoint of an earlier step."
         raise NonFiniteLossError(f"{found}.{state} {_CAUSES}")
 
     def _check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -117,7 +119,8 @@ class NonFiniteLossGuard(L.Callback):
         if batch is not None:
             own = self._message(trainer, batch, own, culprits)
         others = gathered(None if weights_fine and loss_fine else own, trainer.world_size)
-        raise NonFiniteLossError(f"{'; also '.join(filter(None, others))}. Go on from a checkpoint before. {_CAUSES}")
+        found = "; also ".join(filter(None, others))
+        raise NonFiniteLossError(f"{found}. Go on from a checkpoint of an earlier step, if one is left. {_CAUSES}")
 
     def _message(self, trainer: L.Trainer, batch: Any, what: str, culprits: list[_Place]) -> str:
         folder = Path(trainer.default_root_dir if self.dirpath is None else self.dirpath)
@@ -155,8 +158,11 @@ _Waiting = tuple[Any, Tensor, Tensor, int]  # batch, loss, whether any rank's is
 
 
 def _weights_are_finite(trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-    """Whether those of all ranks are; of sharded weights each looks at its part."""
-    return all(gathered(all(_is_finite(p) for p in pl_module.parameters()), trainer.world_size))
+    """Whether those that are trained are on all ranks; of sharded weights each looks at its part.
+
+    Frozen ones are as they came, which may be infinite on purpose, or of a type that `isfinite` does not take.
+    """
+    return all(gathered(all(_is_finite(p) for p in pl_module.parameters() if p.requires_grad), trainer.world_size))
 
 
 def _is_finite(parameter: Tensor) -> bool:
@@ -166,13 +172,18 @@ def _is_finite(parameter: Tensor) -> bool:
 
 @torch.no_grad()
 def _loss_again(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> float:
-    """A batch's loss with the weights as they are, without dropout; 0 from a module that cannot be asked for it."""
-    if not isinstance(pl_module, CausalLMModule):
+    """A batch's loss with the weights as they are, without dropout; 0 from a module that cannot be asked for it.
+
+    One with a `training_step` of its own may make other batches of those it gets.
+    """
+    if not isinstance(pl_module, CausalLMModule) or type(pl_module).training_step is not CausalLMModule.training_step:
+        return 0.0
+    if not isinstance(batch, Mapping) or batch.get("labels") is None:
         return 0.0
     modes = [(part, part.training) for part in pl_module.modules()]
     pl_module.eval()
     with trainer.precision_plugin.forward_context():
-        total, _ = pl_module.batch_loss(batch)
+        total, _ = pl_module.batch_loss(dict(batch))
     for part, training in modes:
         part.training = training
     return float(total)

@@ -43,6 +43,8 @@ class CausalLMModule(L.LightningModule):
         ValueError: an unknown weighting or loss, or a model whose output head the loss cannot replace.
         ImportError: `loss="liger"` without liger-kernel. And in training and validation,
         ValueError: a batch with `packed` and a model whose attention does not read it, without `PackFlexCallback`.
+            Families of transformers that are known to go by `position_ids` are taken where no cache is kept
+            (`use_cache=False`, or gradient checkpointing in training), with "eager", "sdpa" or "flex_attention".
     """
 
     def __init__(
@@ -142,11 +144,12 @@ class CausalLMModule(L.LightningModule):
 
     def batch_loss(self, batch: dict[str, Any], weighting: str = "token") -> tuple[Tensor, Tensor]:
         """Summed loss of a batch and the sum of its weights."""
-        if batch.get("packed") is not None and (blind := blind_models(self.model)):
+        if batch.get("packed") is not None and (blind := blind_models(self.model, batch)):
             raise ValueError(
                 f"the batch is packed, and {type(blind[0]).__name__} attends through "
-                f"{blind[0].config._attn_implementation!r}, so its documents would see one another: give the trainer "
-                "PackFlexCallback(), or call packflex.integrations.transformers.enable_packflex(model)"
+                f"{blind[0].config._attn_implementation!r}, so its documents may see one another: give the trainer "
+                "PackFlexCallback(), or call packflex.integrations.transformers.enable_packflex(model), with the text "
+                "model alone where the whole one reads images or sound"
             )
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch["labels"]

@@ -20,11 +20,12 @@ class SaveOnSignal(L.Callback):
     """On SIGINT, SIGTERM or SIGUSR2, finish the optimizer step, save a checkpoint, and stop training.
 
     During the last step of `max_steps` or `max_epochs` there is nothing left to go on with: training ends as it
-    would have. After the checkpoint no validation follows, which Lightning would run as it stops. The first signal
-    is answered by a line on stderr. A second Ctrl-C stops at once, without a checkpoint: it goes to whoever had
-    SIGINT before, which for Python itself is a `KeyboardInterrupt`. Over several ranks a signal to any of them
-    stops all at the same step, on GPUs one step later. Lightning's own handling of them is set aside while training
-    runs.
+    would have. After the checkpoint no validation follows, which Lightning would run as it stops, unless somebody
+    waits for it: a schedule by a metric, or a callback with a `monitor` (`EarlyStopping`, `ModelCheckpoint`), which
+    would find no metric or an old one. The first signal is answered by a line on stderr. A second Ctrl-C stops at
+    once, without a checkpoint: it goes to whoever had SIGINT before, which for Python itself is a
+    `KeyboardInterrupt`. Over several ranks a signal to any of them stops all at the same step, on GPUs one step later.
+    Lightning's own handling of them is set aside while training runs.
 
     Args:
         dirpath: folder of `interrupted.ckpt`; the trainer's `default_root_dir` when None.
@@ -67,7 +68,7 @@ class SaveOnSignal(L.Callback):
         trainer.save_checkpoint(folder / "interrupted.ckpt")
         self.checkpoint = folder / "interrupted.ckpt"
         trainer.should_stop = True
-        if not any(scheduler.reduce_on_plateau for scheduler in trainer.lr_scheduler_configs):  # it waits for a loss
+        if not _awaits_validation(trainer):
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -117,6 +118,12 @@ def in_worker(number: int) -> None:
     if number == signal.SIGTERM:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+
+
+def _awaits_validation(trainer: L.Trainer) -> bool:
+    """Whether a schedule or a callback looks at a metric, which a validation may have to bring up to date."""
+    plateaus = any(scheduler.reduce_on_plateau for scheduler in trainer.lr_scheduler_configs)
+    return plateaus or any(getattr(each, "monitor", None) is not None for each in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _is_over(trainer: L.Trainer) -> bool:

@@ -85,11 +85,8 @@ def check_settings(config: DictConfig) -> None:
     check_options(config, _HANDED_ON)
     _check_known("sample", complete, config.sample)
     for name, (least, nullable) in _WHOLE_NUMBERS.items():
-        value = OmegaConf.select(config, name)
-        if value is None and nullable:
-            continue
-        if not _is_whole(value, least):
-            raise SetupError(f"{name}={value} must be a whole number of at least {least}")
+        if OmegaConf.select(config, name) is not None or not nullable:
+            check_whole_number(config, name, least)
     check_words(config)
     for name, (low, high, both) in _NUMBERS.items():
         value = OmegaConf.select(config, name)
@@ -133,6 +130,17 @@ def check_settings(config: DictConfig) -> None:
         raise SetupError(f"attention.backend={backend} must be one of {', '.join(BACKENDS)}, or null for the best one")
     if backend in ("hopper", "triton", "torch") and config.trainer.accelerator == "cpu":
         raise SetupError(f"attention.backend={backend} trains on a GPU only; use attention=auto, or trainer=gpu")
+
+
+def check_whole_number(config: DictConfig, name: str, least: int) -> None:
+    """Refuse a setting that is no whole number of at least `least`.
+
+    Raises:
+        SetupError: with what it is.
+    """
+    value = OmegaConf.select(config, name)
+    if not _is_whole(value, least):
+        raise SetupError(f"{name}={value} must be a whole number of at least {least}")
 
 
 def check_words(config: DictConfig) -> None:

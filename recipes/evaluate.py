@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in finetune.py
 import hydra
 import numpy as np
 import torch
-from _checks import check_options, check_words
+from _checks import check_options, check_whole_number, check_words
 from _data import documents_of
 from _errors import one_line_of, unwritten
 from datasets import Dataset
@@ -46,9 +46,7 @@ USER_ERRORS = (ValueError, NotImplementedError, torch.OutOfMemoryError, HydraExc
 def evaluate(config: DictConfig) -> dict[str, float | int]:
     """Run a config; returns what summary.json holds."""
     for setting, least in (("packing.batch_size", 1), ("packing.seq_len", 2)):
-        value = OmegaConf.select(config, setting)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise SetupError(f"{setting}={value} must be a whole number of at least {least}")
+        check_whole_number(config, setting, least)
     check_options(config, ("data", "tokenize"))
     check_words(config)
     if get_object(config.data._target_) is TokenizedStream:

@@ -40,7 +40,7 @@ from packflex.attention.hopper.order import (
     TOTAL,
 )
 from packflex.attention.hopper.prepare import STATS_BEFORE
-from packflex.attention.hopper.shim import tma_add, tma_load
+from packflex.attention.hopper.shim import tma_add, tma_load, tma_store
 
 # Rows before those of dQ's sums: a block moved back before the first row of all adds its zeros there. TMA reductions
 # take no negative coordinates ("illegal instruction"), though loads do.
@@ -147,20 +147,17 @@ def _dq_add(
 
 
 @gluon.jit
-def _start_scores(q_s, k_s, q_full, c, g: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ls: gl.constexpr):
+def _start_scores(q_s, k, q_full, c, D: gl.constexpr, STAGES: gl.constexpr, ls: gl.constexpr):
     """Scores of block c, keys by rows; in flight."""
     stage = c % STAGES
     mbarrier.wait(q_full.index(stage), (c // STAGES) & 1)
     q = q_s.index(stage).reshape([64, D])
-    return warpgroup_mma(
-        k_s.index(g).reshape([64, D]), q.permute((1, 0)), gl.zeros([64, 64], gl.float32, ls), use_acc=False,
-        is_async=True,
-    )  # fmt: skip
+    return warpgroup_mma(k, q.permute((1, 0)), gl.zeros([64, 64], gl.float32, ls), use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _bwd_block(
-    dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
+    dq_desc, q_s, do_s, k_s, k, v, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
     b_s, c, begin, block, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out, head, place, mod_args,
     g: gl.constexpr, MASK: gl.constexpr, AHEAD: gl.constexpr, NEXT: gl.constexpr, SOFTCAP: gl.constexpr,
     MOD: gl.constexpr, MOD_GRAD: gl.constexpr, LATE: gl.constexpr,
@@ -170,9 +167,9 @@ def _bwd_block(
     """One block of 64 rows against this consumer's 64 keys, and its columns of dQ against all the tile's keys.
 
     `place` is (i_b, key) of the keys, and what the mod computes of them alone; `head` the first head of the block.
-    AHEAD: b_s are the block's scores; NEXT: make those of the next one beside this block's last products. LATE: make dQ
-    of the block before instead of this block's, beside the weights; `begin` is the first block of all, which has none
-    before it.
+    k, v are this consumer's, in shared memory or registers. AHEAD: b_s are the block's scores; NEXT: make those of the
+    next one beside this block's last products. LATE: make dQ of the block before instead of this block's, beside the
+    weights; `begin` is the first block of all, which has none before it.
     """
     PARTS: gl.constexpr = D // (CONSUMERS * COLUMNS)
     MORE: gl.constexpr = 1 if NEXT else 0
@@ -184,13 +181,10 @@ def _bwd_block(
         mbarrier.wait(ds_full.index((c + 1) % 2), ((c - 1) // 2) & 1, pred=c > begin)
         dq_t = _dq_products(ds_s, k_s, c + 1, g * PARTS * COLUMNS, CONSUMERS, D, COLUMNS, lh)
     if not AHEAD:
-        s_t = _start_scores(q_s, k_s, q_full, c, g, D, STAGES, ls)
+        s_t = _start_scores(q_s, k, q_full, c, D, STAGES, ls)
     mbarrier.wait(o_full.index(stage), (c // STAGES) & 1)
     do = do_s.index(stage).reshape([64, D])
-    dp_t = warpgroup_mma(
-        v_s.index(g).reshape([64, D]), do.permute((1, 0)), gl.zeros([64, 64], gl.float32, ls), use_acc=False,
-        is_async=True,
-    )  # fmt: skip
+    dp_t = warpgroup_mma(v, do.permute((1, 0)), gl.zeros([64, 64], gl.float32, ls), use_acc=False, is_async=True)
     lse = gl.expand_dims(lse_s.index(stage).load(columns), 0)
     if not AHEAD:
         b_s = warpgroup_mma_wait(1, deps=[s_t])
@@ -239,7 +233,7 @@ def _bwd_block(
             mbarrier.wait(ds_full.index(c % 2), (c // 2) & 1)
         dq_t = _dq_products(ds_s, k_s, c, g * PARTS * COLUMNS, CONSUMERS, D, COLUMNS, lh)
     if NEXT:
-        s_t = _start_scores(q_s, k_s, q_full, c + 1, g, D, STAGES, ls)
+        s_t = _start_scores(q_s, k, q_full, c + 1, D, STAGES, ls)
     DQ: gl.constexpr = 0 if LATE else CONSUMERS
     b_dv = warpgroup_mma_wait(DQ + 1 + MORE, deps=[dv_t])
     mbarrier.arrive(o_empty.index(stage), count=1)
@@ -293,12 +287,12 @@ def _bwd_idle(
 
 @gluon.jit
 def _bwd_consumer(
-    g: gl.constexpr, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN,
+    g: gl.constexpr, dq_desc, gk_desc, gv_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN,
     q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full,
     item_s, item_full, scale, sm, cap_in, cap_out, mod_args,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr,
-    MOD_COLUMNS: gl.constexpr, MOD_GRAD: gl.constexpr, COUNTED: gl.constexpr,
+    MOD_COLUMNS: gl.constexpr, MOD_GRAD: gl.constexpr, HELD: gl.constexpr, COUNTED: gl.constexpr,
 ):  # fmt: skip
     """64 keys of each tile: consumer g of CONSUMERS."""
     PART: gl.constexpr = 64 // HEADS
@@ -358,6 +352,11 @@ def _bwd_consumer(
         else:
             place = (i_b, 0, (0,))
         mbarrier.wait(kv_full, j & 1)
+        k = k_s.index(g).reshape([64, D])
+        v = v_s.index(g).reshape([64, D])
+        if HELD:
+            k = k.load(gl.DotOperandLayout(operand_index=0, parent=ls, k_width=2))
+            v = v.load(gl.DotOperandLayout(operand_index=0, parent=ls, k_width=2))
         b_dk = gl.zeros([64, D], gl.float32, ld)
         b_dv = gl.zeros([64, D], gl.float32, ld)
         for u in range(UNITS):
@@ -370,13 +369,13 @@ def _bwd_consumer(
                     )  # fmt: skip
             b_s = gl.zeros([64, 64], gl.float32, ls)
             if AHEAD:
-                s_t = _start_scores(q_s, k_s, q_full, base + begin, g, D, STAGES, ls)
+                s_t = _start_scores(q_s, k, q_full, base + begin, D, STAGES, ls)
                 b_s = warpgroup_mma_wait(0, deps=[s_t])
             for i in range(begin, full_lo):
                 b_n, b_dk, b_dv = _bwd_block(
-                    dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
-                    b_s, base + i, base + begin, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
-                    i_kv * GROUP + u * HEADS, place, mod_args,
+                    dq_desc, q_s, do_s, k_s, k, v, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full,
+                    o_empty, b_s, base + i, base + begin, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in,
+                    cap_out, i_kv * GROUP + u * HEADS, place, mod_args,
                     g, 2, AHEAD, AHEAD, SOFTCAP, MOD, MOD_GRAD, LATE, HEADS, D, CONSUMERS, STAGES, COLUMNS,
                     ls, ld, lh, lp,
                 )  # fmt: skip
@@ -384,9 +383,9 @@ def _bwd_consumer(
                     b_s = b_n
             for i in range(full_lo, full_hi):
                 b_n, b_dk, b_dv = _bwd_block(
-                    dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
-                    b_s, base + i, base + begin, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
-                    i_kv * GROUP + u * HEADS, place, mod_args,
+                    dq_desc, q_s, do_s, k_s, k, v, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full,
+                    o_empty, b_s, base + i, base + begin, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in,
+                    cap_out, i_kv * GROUP + u * HEADS, place, mod_args,
                     g, 0, AHEAD, AHEAD, SOFTCAP, MOD, MOD_GRAD, LATE, HEADS, D, CONSUMERS, STAGES, COLUMNS,
                     ls, ld, lh, lp,
                 )  # fmt: skip
@@ -394,9 +393,9 @@ def _bwd_consumer(
                     b_s = b_n
             for i in range(full_hi, stop):
                 b_n, b_dk, b_dv = _bwd_block(
-                    dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
-                    b_s, base + i, base + begin, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in, cap_out,
-                    i_kv * GROUP + u * HEADS, place, mod_args,
+                    dq_desc, q_s, do_s, k_s, k, v, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full,
+                    o_empty, b_s, base + i, base + begin, first + i * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in,
+                    cap_out, i_kv * GROUP + u * HEADS, place, mod_args,
                     g, 1, AHEAD, AHEAD, SOFTCAP, MOD, MOD_GRAD, LATE, HEADS, D, CONSUMERS, STAGES, COLUMNS,
                     ls, ld, lh, lp,
                 )  # fmt: skip
@@ -404,9 +403,9 @@ def _bwd_consumer(
                     b_s = b_n
             if AHEAD:
                 _, b_dk, b_dv = _bwd_block(
-                    dq_desc, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full, o_empty,
-                    b_s, base + stop, base + begin, first + stop * PART, last, row, b_dk, b_dv, lo, hi, sm, cap_in,
-                    cap_out, i_kv * GROUP + u * HEADS, place, mod_args,
+                    dq_desc, q_s, do_s, k_s, k, v, lse_s, delta_s, ds_s, dq_s, ds_full, q_full, q_empty, o_full,
+                    o_empty, b_s, base + stop, base + begin, first + stop * PART, last, row, b_dk, b_dv, lo, hi, sm,
+                    cap_in, cap_out, i_kv * GROUP + u * HEADS, place, mod_args,
                     g, 2, AHEAD, False, SOFTCAP, MOD, MOD_GRAD, LATE, HEADS, D, CONSUMERS, STAGES, COLUMNS,
                     ls, ld, lh, lp,
                 )  # fmt: skip
@@ -422,24 +421,45 @@ def _bwd_consumer(
                         first + i * PART, last, row, g, D, CONSUMERS, STAGES, COLUMNS, HEADS, ls, lh,
                     )  # fmt: skip
             base += blocks
-        mbarrier.arrive(kv_empty, count=1)
-        # loaded again: the registers of a tile's block loops hold no more than they must
-        kv_heads = gl.load(PLAN + KV_HEADS)
-        kv_len = gl.load(PLAN + KV_LEN)
-        o_r = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, ld)), 1)
-        o_d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, ld)), 0)
-        o_row = c0 + o_r
-        row = ((i_b * kv_len + o_row).to(gl.int64) * kv_heads + i_kv) * D
-        m_row = (o_row >= key) & (o_row < end_key)
-        gl.store(GRAD_K + row + o_d, _half(b_dk * scale, q_s.dtype), mask=m_row)
-        gl.store(GRAD_V + row + o_d, _half(b_dv, q_s.dtype), mask=m_row)
-        # keys of a padded tail, which the tile did not load
-        o_row = key + g * 64 + o_r
-        row = ((i_b * kv_len + o_row).to(gl.int64) * kv_heads + i_kv) * D
-        m_row = (o_row >= end_key) & (o_row < kv_len)
-        zero = gl.zeros([64, D], q_s.dtype, ld)
-        gl.store(GRAD_K + row + o_d, zero, mask=m_row)
-        gl.store(GRAD_V + row + o_d, zero, mask=m_row)
+        if CONSUMERS == 1:
+            mbarrier.arrive(kv_empty, count=1)
+        if start >= key:
+            # dV leaves through its consumer's share of V, dK through that of dQ's sums, which have left it
+            out_s = dq_s._reinterpret(q_s.dtype, [2, 1, 64, 1, D], gv_desc.layout)
+            if CONSUMERS == 1:
+                tma.store_wait(0)
+                dv_s = out_s.index(1)
+            else:
+                dv_s = v_s.index(g)
+            dv_s.reshape([64, D]).store(_half(b_dv, q_s.dtype))
+            fence_async_shared()
+            tma_store(gv_desc, [i_b, c0, i_kv, 0], dv_s)
+            if CONSUMERS > 1:
+                tma.store_wait(1)
+            out_s.index(g).reshape([64, D]).store(_half(b_dk * scale, q_s.dtype))
+            fence_async_shared()
+            tma_store(gk_desc, [i_b, c0, i_kv, 0], out_s.index(g))
+            tma.store_wait(1)
+        else:
+            # loaded again: the registers of a tile's block loops hold no more than they must
+            kv_heads = gl.load(PLAN + KV_HEADS)
+            kv_len = gl.load(PLAN + KV_LEN)
+            o_r = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, ld)), 1)
+            o_d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, ld)), 0)
+            o_row = c0 + o_r
+            row = ((i_b * kv_len + o_row).to(gl.int64) * kv_heads + i_kv) * D
+            m_row = (o_row >= key) & (o_row < end_key)
+            gl.store(GRAD_K + row + o_d, _half(b_dk * scale, q_s.dtype), mask=m_row)
+            gl.store(GRAD_V + row + o_d, _half(b_dv, q_s.dtype), mask=m_row)
+            # keys of a padded tail, which the tile did not load
+            o_row = key + g * 64 + o_r
+            row = ((i_b * kv_len + o_row).to(gl.int64) * kv_heads + i_kv) * D
+            m_row = (o_row >= end_key) & (o_row < kv_len)
+            zero = gl.zeros([64, D], q_s.dtype, ld)
+            gl.store(GRAD_K + row + o_d, zero, mask=m_row)
+            gl.store(GRAD_V + row + o_d, zero, mask=m_row)
+        if CONSUMERS > 1:
+            mbarrier.arrive(kv_empty, count=1)
         item = told_next(item_s, item_full, j, COUNTED)
         j += 1
     tma.store_wait(0)
@@ -450,11 +470,13 @@ def _bwd_consumer(
     do_not_specialize_on_alignment=["Q_LO", "Q_HI", "KV_HI", "PLAN", "mod_args"],
 )
 def _hopper_bwd_kernel(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN,
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, gk_desc, gv_desc,
+    GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN,
     scale, sm, cap_in, cap_out, mod_args,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, COLUMNS: gl.constexpr, AHEAD: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr,
-    MOD_COLUMNS: gl.constexpr, MOD_GRAD: gl.constexpr, COUNTED: gl.constexpr, REGISTERS: gl.constexpr,
+    MOD_COLUMNS: gl.constexpr, MOD_GRAD: gl.constexpr, HELD: gl.constexpr, COUNTED: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As many programs as work items, or persistent ones, which get the next as `deal` says.
 
@@ -501,16 +523,16 @@ def _hopper_bwd_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_bwd_consumer, (
-                0, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
-                kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, item_s, item_full, scale, sm, cap_in,
-                cap_out, mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD,
-                MOD_COLUMNS, MOD_GRAD, COUNTED,
+                0, dq_desc, gk_desc, gv_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s,
+                delta_s, ds_s, dq_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, item_s, item_full,
+                scale, sm, cap_in, cap_out, mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD,
+                MOD_COLUMNS, MOD_GRAD, HELD, COUNTED,
             )),
             (_bwd_consumer, (
-                1, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
-                kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, item_s, item_full, scale, sm, cap_in,
-                cap_out, mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD,
-                MOD_COLUMNS, MOD_GRAD, COUNTED,
+                1, dq_desc, gk_desc, gv_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s,
+                delta_s, ds_s, dq_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, item_s, item_full,
+                scale, sm, cap_in, cap_out, mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD,
+                MOD_COLUMNS, MOD_GRAD, HELD, COUNTED,
             )),
             (_bwd_producer, (
                 q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, PLAN, KV_HI, q_s, do_s, k_s, v_s,
@@ -521,10 +543,10 @@ def _hopper_bwd_kernel(
     else:
         gl.warp_specialize([
             (_bwd_consumer, (
-                0, dq_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s,
-                kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, item_s, item_full, scale, sm, cap_in,
-                cap_out, mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD,
-                MOD_COLUMNS, MOD_GRAD, COUNTED,
+                0, dq_desc, gk_desc, gv_desc, GRAD_K, GRAD_V, Q_LO, Q_HI, KV_HI, PLAN, q_s, do_s, k_s, v_s, lse_s,
+                delta_s, ds_s, dq_s, kv_full, kv_empty, q_full, q_empty, o_full, o_empty, ds_full, item_s, item_full,
+                scale, sm, cap_in, cap_out, mod_args, HEADS, GROUP, D, CONSUMERS, STAGES, COLUMNS, AHEAD, SOFTCAP, MOD,
+                MOD_COLUMNS, MOD_GRAD, HELD, COUNTED,
             )),
             (_bwd_producer, (
                 q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, PLAN, KV_HI, q_s, do_s, k_s, v_s,

@@ -133,7 +133,8 @@ def launch_backward(
         descriptor(q, *boxes["q_desc"]), descriptor(grad_out, *boxes["do_desc"]),
         descriptor(k, *boxes["k_desc"]), descriptor(v, *boxes["v_desc"]),
         *(_Descriptor(x, [x.shape[0]], [1], [ROWS], stat_layout) for x in (lse_2, delta)),
-        sum_desc, grad_k, grad_v, q_intervals[0], q_intervals[1], kv_intervals[1], plan,
+        sum_desc, descriptor(grad_k, *boxes["gk_desc"]), descriptor(grad_v, *boxes["gv_desc"]), grad_k, grad_v,
+        q_intervals[0], q_intervals[1], kv_intervals[1], plan,
         scale, *(score_factors(scale, softcap) if mod is None else mod.factors(scale)), mod.arguments if mod else (0,),
         **backward_constants(tile, head_dim, group, softcap > 0, mod), **launch_options(tile),
     )  # fmt: skip
@@ -191,6 +192,7 @@ def backward_constants(
         "MOD": mod.functions.backward if mod else None,
         "MOD_COLUMNS": mod.functions.columns if mod else None,
         "MOD_GRAD": mod.functions.gradient if mod else None,
+        "HELD": tile.held > 0,
         "COUNTED": tile.persistent == 2,
         "REGISTERS": 240,
     }
@@ -207,6 +209,8 @@ def backward_boxes(tile: BackwardTile, head_dim: int, group: int) -> dict[str, t
         "do_desc": ([*rows, head_dim], -1),
         "k_desc": ([1, ROWS, 1, head_dim], key_swizzle),
         "v_desc": ([1, ROWS, 1, head_dim], -1),
+        "gk_desc": ([1, ROWS, 1, head_dim], -1),
+        "gv_desc": ([1, ROWS, 1, head_dim], -1),
         "lse_desc": ([ROWS], -1),
         "delta_desc": ([ROWS], -1),
         "dq_desc": ([ROWS, columns], -1),

@@ -76,6 +76,7 @@ class BackwardTile:
             from a counter whenever they are free.
         section_mib: Q, dO and dQ of the heads that are worked on side by side, in MiB of L2.
         ahead: 1 to start the scores of the next block beside the last products of this one.
+        held: 1 to hold K and V in registers, as operands of the products that make scores and dP.
     """
 
     consumers: int = 2
@@ -85,6 +86,7 @@ class BackwardTile:
     persistent: int = 0
     section_mib: int = 32
     ahead: int = 1
+    held: int = 0
 
     @property
     def max_registers(self) -> int | None:
@@ -126,11 +128,11 @@ def default_forward_tile(head_dim: int, group: int, long: bool, softcap: bool = 
 
 
 _BACKWARD = {
-    64: BackwardTile(consumers=1, per_sm=2, persistent=2),
+    64: BackwardTile(consumers=1, stages=3, per_sm=2, persistent=2, held=1),
     128: BackwardTile(consumers=2, max_heads=2, ahead=0),
 }
 _BACKWARD_LONG = {
-    64: BackwardTile(consumers=2),
+    64: BackwardTile(consumers=2, stages=3, persistent=2, held=1),
     128: BackwardTile(consumers=2, max_heads=1, ahead=0),
 }
 _BACKWARD_SOFTCAP = {128: BackwardTile(consumers=1, ahead=0)}

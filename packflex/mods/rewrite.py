@@ -13,6 +13,7 @@ import torch
 from packflex.mods.nodes import INDICES, Builder, Node, Program
 
 LOG2_E = math.log2(math.e)
+_LN_2 = math.log(2)
 _FAR = 1 << 30  # beyond every index, and far enough from overflow
 
 
@@ -228,6 +229,85 @@ def in_log2(program: Program, less: bool = False) -> Program | None:
     for other, term in scaled[1:]:
         total = make("add" if other == sign else "sub", total, term)
     return dataclasses.replace(program, out=make("add" if sign > 0 else "sub", score, total))
+
+
+def in_product_units(program: Program) -> Program | None:
+    """A score mod for the bare product of query and key, given and wanted; None for mods that are not homogeneous.
+
+    Homogeneous is what multiplies the score by what does not depend on it, and adds such terms. The input "unit" is one
+    over the scale, above 0: terms are multiplied by it, and the softmax turns the sum into scores as it would the
+    product.
+    """
+    if program.grad_score is None or "score" in program.grad_score.deps or "score" not in program.out.deps:
+        return None
+    builder = Builder()
+    unit = Node("input", (), program.out.dtype, frozenset(), "unit")
+    out = _homogeneous(program.out, unit, builder)
+    return None if out is None else dataclasses.replace(program, out=out)
+
+
+def with_split_distances(program: Program, walked: str) -> Program:
+    """The same score mod with distances of q and kv from two parts of the walked index, "near" and "far".
+
+    Both are float32 inputs, and their sum is that index. Where all elements of a thread share "near", and "far" is
+    known when the kernel is compiled, a distance is one subtraction for each element, with no work for each column.
+    """
+    builder = Builder()
+    near, far = (Node("input", (), torch.float32, frozenset([walked]), name) for name in ("near", "far"))
+    made: dict[int, Node] = {}
+
+    def of(node: Node) -> Node:
+        if id(node) not in made:
+            args = tuple(map(of, node.args))
+            indices = [arg.args[0].value if arg.op == "cast" and _is_index(arg.args[0]) else None for arg in node.args]
+            if node.op == "sub" and node.is_float and set(indices) == {"q", "kv"}:
+                first, second = (near if index == walked else arg for index, arg in zip(indices, args, strict=True))
+                part = builder.make("sub", (first, second), node.dtype, where=node.where)
+                made[id(node)] = builder.make(
+                    "add" if first is near else "sub", (part, far), node.dtype, where=node.where
+                )
+            else:
+                same = all(a is b for a, b in zip(args, node.args, strict=True))
+                made[id(node)] = node if same else builder.make(node.op, args, node.dtype, node.value, node.where)
+        return made[id(node)]
+
+    grad = None if program.grad_score is None else of(program.grad_score)
+    return dataclasses.replace(program, out=of(program.out), grad_score=grad)
+
+
+def _homogeneous(node: Node, unit: Node, builder: Builder) -> Node | None:
+    """`node` in units in which the score is a product; None where that is not the same function of the score."""
+    if node.op == "input" and node.value == "score":
+        return node
+    if "score" not in node.deps:
+        return _times(node, unit, builder)
+    of_score = ["score" in arg.deps for arg in node.args]
+    if node.op in ("add", "sub", "neg"):
+        changes = [True] * len(node.args)
+    elif node.op == "where" and not of_score[0]:
+        changes = [False, True, True]
+    elif (node.op == "mul" and sum(of_score) == 1) or (node.op in ("div", "div_exact") and not of_score[1]):
+        changes = of_score
+    else:
+        return None
+    args = [
+        _homogeneous(arg, unit, builder) if changed else arg for arg, changed in zip(node.args, changes, strict=True)
+    ]
+    made = [arg for arg in args if arg is not None]
+    return builder.make(node.op, made, node.dtype, node.value, node.where) if len(made) == len(args) else None
+
+
+def _times(node: Node, factor: Node, builder: Builder) -> Node:
+    """`node` times a number of the kernel's, with as little for each element of a tile as there can be."""
+    if node.is_full and node.op == "neg":
+        return builder.make("neg", (_times(node.args[0], factor, builder),), node.dtype, where=node.where)
+    if node.is_full and node.op == "mul" and not all(arg.is_full for arg in node.args):
+        part, whole = node.args if node.args[1].is_full else node.args[::-1]
+        if whole.op == "log":
+            factor = builder.make("mul", (factor, builder.constant(_LN_2, node.dtype)), node.dtype)
+            whole = builder.make("log2", whole.args, node.dtype, where=whole.where)
+        return builder.make("mul", (_times(part, factor, builder), whole), node.dtype, where=node.where)
+    return builder.make("mul", (node, factor), node.dtype, where=node.where)
 
 
 def _added(node: Node) -> list[tuple[int, Node]] | None:

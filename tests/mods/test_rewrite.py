@@ -7,7 +7,7 @@ from packflex import masks
 from packflex.mods.evaluate import evaluate
 from packflex.mods.lifted import lift
 from packflex.mods.nodes import ordered
-from packflex.mods.rewrite import LOG2_E, for_tiles, in_log2
+from packflex.mods.rewrite import LOG2_E, for_tiles, in_log2, in_product_units, with_split_distances
 
 Q_LEN, KV_LEN, BLOCK = 37, 53, 8
 FAR = 2**31 - 1
@@ -136,3 +136,63 @@ def test_an_added_bias_is_in_log2_units():
 )
 def test_other_mods_keep_natural_units(mod):
     assert in_log2(lift(mod, "score", torch.device("cpu")).program) is None
+
+
+SLOPES = torch.rand(4)
+TABLE = torch.rand(4, Q_LEN, KV_LEN)
+HOMOGENEOUS = {
+    "sum": lambda score, b, h, q, kv: score - SLOPES[h] * (q - kv).abs() * 0.5 + TABLE[h, q, kv],
+    "sum to the right": lambda score, b, h, q, kv: 3.0 - score,
+    "gate": lambda score, b, h, q, kv: score * torch.sigmoid(SLOPES[h]) / 1.5,
+    "gate and bias": lambda score, b, h, q, kv: -(SLOPES[h] * (score + 0.1 * (kv - q))),
+    "where": lambda score, b, h, q, kv: torch.where(q >= kv, score + SLOPES[h], -1.0),
+    "logarithm": lambda score, b, h, q, kv: score - 0.2 * torch.log1p((q - kv).abs().float()),
+    "twice": lambda score, b, h, q, kv: score + score * 0.5,
+}
+
+
+def _values(lifted, roots, **more):
+    inputs = _inputs("kv") | {"h": torch.tensor(2)} | more
+    inputs["kv"] = inputs["kv"].clamp(max=KV_LEN - 1)
+    return evaluate(roots, inputs, lifted.captures, lifted.numbers)
+
+
+@pytest.mark.parametrize("name", HOMOGENEOUS)
+def test_a_homogeneous_mod_takes_products(name):
+    lifted = lift(HOMOGENEOUS[name], "score", torch.device("cpu"))
+    products = in_product_units(lifted.program)
+    assert products is not None
+    scale, product = 0.125, torch.randn(Q_LEN, KV_LEN + 9)
+    (score,) = _values(lifted, [lifted.program.out], score=product * scale)
+    (found,) = _values(lifted, [products.out], score=product, unit=torch.tensor(1 / scale))
+    torch.testing.assert_close(found * scale, score)
+
+
+@pytest.mark.parametrize(
+    "mod",
+    [
+        lambda score, b, h, q, kv: 20.0 * torch.tanh(score / 20.0),
+        lambda score, b, h, q, kv: score * score,
+        lambda score, b, h, q, kv: 1.0 / score,
+        lambda score, b, h, q, kv: torch.where(score > 0, score, 0.1 * score),
+        lambda score, b, h, q, kv: 0.0 * q,
+    ],
+)
+def test_other_mods_take_scores(mod):
+    assert in_product_units(lift(mod, "score", torch.device("cpu")).program) is None
+
+
+@pytest.mark.parametrize("walked", ["q", "kv"])
+@pytest.mark.parametrize("name", HOMOGENEOUS)
+def test_distances_of_two_parts_are_the_same(name, walked):
+    lifted = lift(HOMOGENEOUS[name], "score", torch.device("cpu"))
+    split = with_split_distances(lifted.program, walked)
+    index = torch.arange(Q_LEN)[:, None] if walked == "q" else torch.arange(KV_LEN + 9).clamp(max=KV_LEN - 1)[None]
+    parts = {"near": (index // 8 * 8).float(), "far": (index % 8).float()}
+    score = torch.randn(Q_LEN, KV_LEN + 9)
+    (expected,) = _values(lifted, [lifted.program.out], score=score)
+    (found,) = _values(lifted, [split.out], score=score, **parts)
+    assert torch.equal(found, expected)
+    distances = [node for node in ordered([lifted.program.out]) if node.op == "sub" and node.args[0].op == "cast"]
+    used = {node.value for node in ordered([split.out]) if node.op == "input"} & {"near", "far"}
+    assert used == ({"near", "far"} if distances else set())

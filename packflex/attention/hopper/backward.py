@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from packflex.attention.hopper.deal import take_next, told_next
-from packflex.attention.hopper.forward import _half, _work_of
+from packflex.attention.hopper.forward import _half, _near_and_far, _work_of
 from packflex.attention.hopper.order import (
     COUNTER,
     HEADER,
@@ -192,8 +192,8 @@ def _bwd_block(
         o_c = gl.arange(0, 64, columns)
         q_head = gl.expand_dims(head + o_c % HEADS, 0)
         q_at = gl.expand_dims(gl.maximum(pos + o_c // HEADS, 0), 0)
-        b_s = b_s * cap_in
-        b_p = gl.exp2(MOD(b_s, place[0], q_head, q_at, place[1], place[2], mod_args) * sm - lse)
+        near, far = _near_and_far(pos, gl.expand_dims(o_c, 0), HEADS)
+        b_p = gl.exp2(MOD(b_s, place[0], q_head, q_at, place[1], near, far, place[2], cap_in, mod_args) * sm - lse)
     elif SOFTCAP:
         b_t = 1 - 2 / (1 + gl.exp2(b_s * cap_in))
         b_p = gl.exp2(b_t * cap_out - lse)
@@ -219,7 +219,7 @@ def _bwd_block(
     delta = gl.expand_dims(delta_s.index(stage).load(columns), 0)
     b_ds = b_p * (b_dp - delta)
     if MOD_GRAD is not None:
-        b_ds = MOD_GRAD(b_ds, b_s, place[0], q_head, q_at, place[1], place[2], mod_args)
+        b_ds = MOD_GRAD(b_ds, b_s, place[0], q_head, q_at, place[1], near, far, place[2], cap_in, mod_args)
         if MASK > 0:  # a derivative may be infinite where the weight is 0
             b_ds = gl.where(m, b_ds, 0.0)
     b_ds = _half(b_ds, q_s.dtype)
@@ -348,7 +348,7 @@ def _bwd_consumer(
         hi = gl.load(p_hi + o_k, mask=m_k, other=0)
         if MOD is not None:
             key_at = gl.expand_dims(gl.minimum(gl.maximum(o_k, 0), kv_len - 1), 1)
-            place = (i_b, key_at, MOD_COLUMNS(i_b, key_at, mod_args))
+            place = (i_b, key_at, MOD_COLUMNS(i_b, key_at, cap_in, mod_args))
         else:
             place = (i_b, 0, (0,))
         mbarrier.wait(kv_full, j & 1)

@@ -124,20 +124,31 @@ def _skip(
 
 
 @gluon.jit
+def _near_and_far(start, columns, HEADS: gl.constexpr):
+    """start + columns // HEADS in float as a sum: what all columns of a thread share, and what is its own known number.
+
+    A thread of a wgmma's accumulator holds columns 8 i and 8 i + 1 from an even one below 8 on.
+    """
+    near = start + (columns & 6) // HEADS
+    return near.to(gl.float32), ((columns & ~6) // HEADS).to(gl.float32)
+
+
+@gluon.jit
 def _scores(
     s, lo, hi, block, last, cap_in, cap_out, place, mod_args,
     MASK: gl.constexpr, SOFTCAP: gl.constexpr, MOD: gl.constexpr, BLOCK_N: gl.constexpr, ls: gl.constexpr,
 ):  # fmt: skip
     """Mod, softcap and mask. MASK 0: all visible. 1: rows end inside the block. 2: rows start or end inside it.
 
-    `place` is (i_b, head, query) of the rows, and what the mod computes of them alone; `cap_in` is then the factor on
-    the product that the mod takes.
+    `place` is (i_b, head, query) of the rows, and what the mod computes of them alone; `cap_in` is then the mod's unit.
     """
     if MOD is not None:
-        at = gl.minimum(block, last) + gl.arange(0, BLOCK_N, gl.SliceLayout(0, ls))
+        o_n = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(0, ls)), 0)
+        at = gl.minimum(block, last) + o_n
+        near, far = _near_and_far(gl.minimum(block, last), o_n, 1)
         if MASK > 0:  # a block that was moved back before the first key of all holds zeros there
             at = gl.maximum(at, 0)
-        s = MOD(s * cap_in, place[0], place[1], place[2], gl.expand_dims(at, 0), place[3], mod_args)
+        s = MOD(s, place[0], place[1], place[2], at, near, far, place[3], cap_in, mod_args)
     elif SOFTCAP:
         s = cap_out * (1 - 2 / (1 + gl.exp2(s * cap_in)))
     if MASK > 0:
@@ -253,7 +264,7 @@ def _consumer(
         if MOD is not None:
             row_head = gl.expand_dims(unit * HEADS + o_r % HEADS, 1)
             row_query = gl.expand_dims(gl.minimum(o_pos, q_len - 1), 1)
-            place = (i_b, row_head, row_query, MOD_ROWS(i_b, row_head, row_query, mod_args))
+            place = (i_b, row_head, row_query, MOD_ROWS(i_b, row_head, row_query, cap_in, mod_args))
         else:
             place = (i_b, 0, 0, (0,))
         b_s = _scores(

@@ -20,7 +20,7 @@ from packflex.mods import source
 from packflex.mods.errors import short_name
 from packflex.mods.nodes import Node, Program, ordered
 from packflex.mods.printer import Printer, arguments, device_imports
-from packflex.mods.rewrite import in_log2
+from packflex.mods.rewrite import in_product_units, with_split_distances
 
 _BUSY = 12  # nodes of each element
 _HEAVY = {  # each of many instructions; sines of each element compile for minutes in these kernels
@@ -42,12 +42,16 @@ class ModFunctions:
     """The printed functions of a score_mod.
 
     Attributes:
-        forward: `(score, b, h, q, kv, rows, args) -> score`; `rows` what `rows(b, h, q, args)` gives.
+        forward: `(score, b, h, q, kv, near, far, rows, unit, args) -> score`; `near` and `far` add up to `kv` in float,
+            and `rows` is what `rows(b, h, q, unit, args)` gives. It takes the bare product of query and key, and gives
+            the score over the scale, or the score.
         rows: what depends on the queries alone.
-        backward: as `forward`, with `columns`, what `columns(b, kv, args)` gives, in the place of `rows`.
+        backward: as `forward`, with `near` and `far` of `q`, and `columns`, what `columns(b, kv, unit, args)` gives, in
+            the place of `rows`.
         columns: what depends on the keys alone.
-        gradient: `(grad, score, b, h, q, kv, columns, args) -> grad` of the score; None where it is `grad`.
-        log2: whether scores come and go in units of log(2).
+        gradient: `(grad, score, b, h, q, kv, near, far, columns, unit, args) -> grad` of the score, as `backward`; None
+            where it is `grad`.
+        products: whether results are scores over the scale, and `unit` is one over the scale; or `unit` is the scale.
         busy: whether it takes registers for much that it computes of each element, or for reads there.
     """
 
@@ -56,7 +60,7 @@ class ModFunctions:
     backward: Any
     columns: Any
     gradient: Any
-    log2: bool
+    products: bool
     busy: bool
 
 
@@ -68,9 +72,9 @@ class BoundMod:
     arguments: tuple[Any, ...]
 
     def factors(self, scale: float) -> tuple[float, float, float]:
-        """As `launch.score_factors`: `cap_in` on the product, and `sm` from the mod's result to base 2."""
+        """As `launch.score_factors`: `sm` from the mod's result to base 2, and in the place of `cap_in` its `unit`."""
         log2_e: float = LOG2_E.value
-        return (1.0, scale * log2_e, 0.0) if self.functions.log2 else (log2_e, scale, 0.0)
+        return (scale * log2_e, 1 / scale, 0.0) if self.functions.products else (log2_e, scale, 0.0)
 
 
 def bound_mod(program: Program, captures: list[Tensor], numbers: list[float | int]) -> BoundMod:
@@ -94,10 +98,10 @@ def _halves(value: int) -> list[float | int]:
 def mod_functions(program: Program) -> ModFunctions:
     """The functions of a program, loaded from their file."""
     module = functions_module(program)
-    scaled = in_log2(program)
+    products = in_product_units(program) is not None
     gradient = getattr(module, "mod_gradient", None)
     return ModFunctions(
-        module.mod_forward, module.mod_rows, module.mod_backward, module.mod_columns, gradient, scaled is not None,
+        module.mod_forward, module.mod_rows, module.mod_backward, module.mod_columns, gradient, products,
         not is_light(program),
     )  # fmt: skip
 
@@ -119,21 +123,23 @@ def functions_module(program: Program) -> ModuleType:
 
 def mod_text(program: Program) -> str:
     """The file of a score_mod's functions."""
-    scaled = in_log2(program) or program
-    forward, backward = (Printer(scaled, "x") for _ in range(2))
-    rows, given_rows = _hoisted("mod_rows", "b, h, q", forward, [scaled.out])
-    columns, given_columns = _hoisted("mod_columns", "b, kv", backward, [scaled.out])
+    in_products = in_product_units(program)
+    first = [] if in_products else ["score = score * unit"]
+    walking_kv, walking_q = (with_split_distances(in_products or program, walked) for walked in ("kv", "q"))
+    forward, backward = Printer(walking_kv, "x"), Printer(walking_q, "x")
+    rows, given_rows = _hoisted("mod_rows", "b, h, q", forward, [walking_kv.out])
+    columns, given_columns = _hoisted("mod_columns", "b, kv", backward, [walking_q.out])
     parts = [
-        rows, _function("mod_forward", "score, b, h, q, kv", given_rows, forward, scaled.out),
-        columns, _function("mod_backward", "score, b, h, q, kv", given_columns, backward, scaled.out),
+        rows, _function("mod_forward", "score", first, given_rows, forward, walking_kv.out),
+        columns, _function("mod_backward", "score", first, given_columns, backward, walking_q.out),
     ]  # fmt: skip
-    grad = scaled.grad_score
+    grad = walking_q.grad_score
     assert grad is not None
     if grad.op != "input":
-        again = Printer(scaled, "x")
+        again = Printer(walking_q, "x")
         again.names = {key: backward.names[key] for key in backward.names if backward.names[key] in given_columns}
         again.skip(len(backward.names))
-        parts.append(_function("mod_gradient", "grad, score, b, h, q, kv", given_columns, again, grad))
+        parts.append(_function("mod_gradient", "grad, score", first, given_columns, again, grad))
     body = "\n\n".join(parts)
     imports = device_imports(body)
     if "whole_number(" in body:
@@ -146,15 +152,15 @@ def _hoisted(name: str, indices: str, printer: Printer, roots: list[Node]) -> tu
     statements = printer.statements(roots, within(indices.replace(",", "")))
     names = [statement.name for statement in statements]
     lines = [*map(str, statements), f"return ({', '.join(names)},)" if names else "return (b,)"]
-    return _defined(name, f"{indices}, args", _unpacked(printer, lines) + lines), names
+    return _defined(name, f"{indices}, unit, args", _unpacked(printer, lines) + lines), names
 
 
-def _function(name: str, inputs: str, given: list[str], printer: Printer, root: Node) -> str:
-    lines = [f"{each} = given[{i}]" for i, each in enumerate(given)]
+def _function(name: str, inputs: str, first: list[str], given: list[str], printer: Printer, root: Node) -> str:
+    lines = [*first, *(f"{each} = given[{i}]" for i, each in enumerate(given))]
     lines += map(str, printer.statements([root]))
     text = printer.text(root)
     lines.append(f"return {text}" if {"score", "grad"} & root.deps else f"return score * 0 + {text}")
-    return _defined(name, f"{inputs}, given, args", _unpacked(printer, lines) + lines)
+    return _defined(name, f"{inputs}, b, h, q, kv, near, far, given, unit, args", _unpacked(printer, lines) + lines)
 
 
 def _unpacked(printer: Printer, lines: list[str]) -> list[str]:

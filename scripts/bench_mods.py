@@ -5,10 +5,11 @@
     python scripts/bench_mods.py --device cpu --seq-len 256 --mask-len 256 --peers reference torch  # does it run?
 
 Attention: six score mods on a causal mask and four masks, bf16, forward and backward, medians over CUDA events, warm.
-`packflex` is `flex_attention(..., backend="triton")`, `torch` its compiled flex_attention; both get the same callables
-and the block mask that their own `create_block_mask` returns. `of plain` is the time over the peer's own causal
-attention without a mod: the cost of the mod for score mods, and for masks also the work that they leave. `difference`
-is the largest relative difference of output and gradients from the first peer's, in Frobenius norm.
+`packflex` is `flex_attention(..., backend="triton")`, with `--backend hopper` or `best` those kernels or what it takes
+itself; `torch` is its compiled flex_attention. Both get the same callables and the block mask that their own
+`create_block_mask` returns. `of plain` is the time over the peer's own causal attention without a mod: the cost of the
+mod for score mods, and for masks also the work that they leave. `difference` is the largest relative difference of
+output and gradients from the first peer's, in Frobenius norm.
 
 First call: seconds of the first forward and backward, tracing and compilation included. Caches are cold when the
 folder of TRITON_CACHE_DIR is empty; without that variable a temporary one is used. The first row of each peer pays
@@ -154,7 +155,7 @@ def make_peer(peer: str, case: Case, options: argparse.Namespace) -> Callable[[T
     shape = (case.mask_batch, None, options.seq_len, options.seq_len)
     if peer != "torch":
         mask = create_block_mask(case.mask_mod, *shape, device=options.device)
-        backend = "triton" if peer == "packflex" else peer
+        backend = {"best": None}.get(options.backend, options.backend) if peer == "packflex" else peer
         return lambda q, k, v: flex_attention(
             q, k, v, score_mod=case.score_mod, block_mask=mask, enable_gqa=True, backend=backend
         )
@@ -401,6 +402,7 @@ def main() -> int:
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)  # one process of "start"
     parser.add_argument("--only", nargs="+", default=None, help="names of mods and masks; plain runs with any of them")
     parser.add_argument("--peers", nargs="+", choices=[*PEERS, "reference"], default=PEERS)
+    parser.add_argument("--backend", choices=["triton", "hopper", "best"], default="triton", help="packflex's kernels")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=4)

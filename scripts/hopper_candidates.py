@@ -113,6 +113,8 @@ def _backward(head_dim: int) -> list[BackwardTile]:
         BackwardTile(1, 2, per_sm=2, ahead=0),
         BackwardTile(1, 3, per_sm=2),
         BackwardTile(1, 2, per_sm=2, section_mib=96),
+        *(BackwardTile(1, n, per_sm=2, persistent=2, held=held) for n in (2, 3) for held in (0, 1)),
+        *(BackwardTile(2, n, persistent=p, held=1) for n in (2, 3) for p in (0, 2)),
     ]
 
 

@@ -45,6 +45,8 @@ TILES = [
     BackwardTile(1, 2, persistent=1),
     BackwardTile(1, 2, persistent=2),
     BackwardTile(2, 2, persistent=2, ahead=0),
+    BackwardTile(2, 2, persistent=2, held=1),
+    BackwardTile(1, 2, ahead=0, held=1),
 ]
 
 

@@ -424,7 +424,8 @@ def _bwd_consumer(
         if CONSUMERS == 1:
             mbarrier.arrive(kv_empty, count=1)
         if start >= key:
-            # dV leaves through its consumer's share of V, dK through that of dQ's sums, which have left it
+            # They leave through the buffers of dQ's sums, which have left them. Of two consumers each has half of
+            # those, for dK; its dV goes through its V.
             out_s = dq_s._reinterpret(q_s.dtype, [2, 1, 64, 1, D], gv_desc.layout)
             if CONSUMERS == 1:
                 tma.store_wait(0)
@@ -480,11 +481,12 @@ def _hopper_bwd_kernel(
 ):  # fmt: skip
     """As many programs as work items, or persistent ones, which get the next as `deal` says.
 
-    Descriptors: q, dO [B, S, Hq, D] in boxes [1, 64 // HEADS, HEADS, D]; k, v [B, KV_LEN, Hkv, D] in boxes
-    [1, 64, 1, D]; lse (base 2) and delta fp32 [copies, STRIDE_COPY] in boxes [64], rows of a subgroup of heads side
-    by side, as `prepare` writes them; the sums of dQ / scale fp32 [SUMS_BEFORE + rows as those, D] in boxes
-    [64, COLUMNS]. GRAD_K, GRAD_V [B, KV_LEN, Hkv, D] dense. Q_LO, Q_HI int32 [B, KV_LEN] and KV_HI [B, S]; PLAN as
-    `order.work_order` of keys by queries, with the sizes of `order` before it.
+    Descriptors: q, dO [B, S, Hq, D] in boxes [1, 64 // HEADS, HEADS, D]; k, v and their gradients [B, KV_LEN, Hkv, D]
+    in boxes [1, 64, 1, D]; lse (base 2) and delta fp32 [copies, STRIDE_COPY] in boxes [64], rows of a subgroup of heads
+    side by side, as `prepare` writes them; the sums of dQ / scale fp32 [SUMS_BEFORE + rows as those, D] in boxes
+    [64, COLUMNS]. GRAD_K, GRAD_V are the gradients again, dense, for tiles that must not write whole boxes. Q_LO, Q_HI
+    int32 [B, KV_LEN] and KV_HI [B, S]; PLAN as `order.work_order` of keys by queries, with the sizes of `order` before
+    it.
     """
     PART: gl.constexpr = 64 // HEADS
     SLOTS: gl.constexpr = D // COLUMNS

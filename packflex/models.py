@@ -104,11 +104,69 @@ def add_adapters(model: PreTrainedModel, config: Any, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft asks by a name that transformers renamed after 5.17
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated", FutureWarning)
+        # `merge_adapters` sees to them
+        warnings.filterwarnings("ignore", "Model has .tie_word_embeddings=True. and a tied layer", UserWarning)
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config).train()
         except ValueError as error:
             raise SetupError(f"{type(model).__name__}: {one_line(error)}; check the peft settings") from error
+
+
+def merge_adapters(model: Any) -> tuple[PreTrainedModel, bool]:
+    """The plain model that computes what a model with adapters does.
+
+    An input embedding and an output head that share a weight get one each where an adapter wraps either: merged into
+    the shared weight, its change would reach the other too. `config.tie_word_embeddings` then says so to whoever loads
+    the model. Weights that the adapters leave equal stay shared.
+
+    Args:
+        model: as `add_adapters` gives it; changed in place.
+
+    Returns:
+        The model without adapters, and whether weights that were shared no longer are.
+    """
+    inner = model.get_base_model()
+    shared = _shared_and_adapted(inner)
+    for owners in shared:
+        for module, name in owners[1:]:
+            weight = getattr(module, name)
+            setattr(module, name, torch.nn.Parameter(weight.detach().clone(), weight.requires_grad))
+    configs = (inner.config, inner.config.get_text_config())
+    tied = [config.tie_word_embeddings for config in configs]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model with .tie_word_embeddings=True. and the", UserWarning)
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied", UserWarning)
+        merged = model.merge_and_unload()
+    differing = False
+    for (first, of), *others in shared:
+        weight = getattr(first, of)
+        if all(torch.equal(weight, getattr(module, name)) for module, name in others):
+            for module, name in others:
+                setattr(module, name, weight)
+        else:
+            differing = True
+    if shared:
+        for config, was in zip(configs, tied, strict=True):
+            config.tie_word_embeddings = was and not differing
+    return merged, differing
+
+
+def _shared_and_adapted(model: torch.nn.Module) -> list[list[tuple[torch.nn.Module, str]]]:
+    """Modules and names of each weight that several modules share, an adapter's base layer among them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owners: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, name))
+    adapted = {
+        id(part)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for part in layer.get_base_layer().modules()
+    }
+    return [each for each in owners.values() if len(each) > 1 and any(id(module) in adapted for module, _ in each)]
 
 
 def _load(path: str | Path, revision: str | None) -> PreTrainedModel:

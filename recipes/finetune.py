@@ -71,7 +71,7 @@ from packflex.integrations.lightning import (
     is_out_of_memory,
 )
 from packflex.integrations.lightning.shapes import token_cost
-from packflex.models import SetupError, add_adapters
+from packflex.models import SetupError, add_adapters, merge_adapters
 from packflex.report import (
     RunSummary,
     complete,
@@ -90,8 +90,9 @@ USER_ERRORS = (
     ValueError, NotImplementedError, LeakError, NonFiniteLossError, torch.OutOfMemoryError, MisconfigurationException,
     HydraException, OmegaConfBaseException,
 )  # fmt: skip
-# What Lightning warns of that is meant here: no workers for rows in memory, metrics.csv beside Hydra's own files, a
-# resumed run that writes to a folder of its own, no held-out documents.
+# What Lightning and peft warn of that is meant here: no workers for rows in memory, metrics.csv beside Hydra's own
+# files, a resumed run that writes to a folder of its own, no held-out documents, embeddings that adapters wrap in
+# adapter/.
 EXPECTED = (
     "does not have many workers",
     "Experiment logs directory",
@@ -99,6 +100,7 @@ EXPECTED = (
     "Checkpoint dir",
     "The dirpath has changed",
     "You defined a `validation_step` but have no",
+    "Setting .save_embedding_layers. to .True. as embedding layers found",
 )
 
 
@@ -275,7 +277,9 @@ def _finish(
         files["adapter"] = out / "adapter"
         if trainer.is_global_zero:
             model.save_pretrained(files["adapter"])
-        model = model.merge_and_unload()
+        model, untied = merge_adapters(model)
+        if untied:
+            say("The adapters changed a weight that embedding and output share: model/ has one for each")
     state = whole_state(model)
     measured = [(step, loss) for step, loss in losses if loss is not None]
     earlier = zip(*read_metrics(out / "metrics.csv", "val/loss"), strict=True)

@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from packflex.data.errors import DataError
 from packflex.data.tokenizer import train_tokenizer
@@ -786,6 +787,30 @@ def test_adapters_are_trained_saved_and_merged(place, tmp_path):
     assert torch.equal(merged.model.embed_tokens.weight, start.model.embed_tokens.weight), "frozen"
     assert composed(tmp_path, *small(place, "peft=lora")).optimizer.lr is None
     assert OmegaConf.load(tmp_path / "config.yaml").peft.r == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")  # of peft, as the adapter is loaded
+@pytest.mark.parametrize("wrapped", ["lm_head", "embed_tokens", None])
+def test_adapters_of_a_shared_embedding_are_saved_as_trained(place, tmp_path, caplog, wrapped):
+    peft = pytest.importorskip("peft")
+    base = build_model(place / "model").config.to_dict() | {"tie_word_embeddings": True}
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    start = build_model(architecture=base, tokenizer=tokenizer)
+    start.save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    targets = [f"peft.target_modules=[q_proj,{wrapped}]"] if wrapped else []
+    settings = [f"model.path={tmp_path}/tied", "peft=lora", "peft.r=4", "optimizer.lr=3e-2", *targets]
+    with caplog.at_level(logging.INFO, "finetune"):
+        recipe.finetune(composed(tmp_path, *small(place, *settings)))
+    trained = peft.PeftModel.from_pretrained(build_model(tmp_path / "tied"), tmp_path / "adapter").eval()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ids = torch.arange(5, 25)[None]
+    assert torch.allclose(saved(ids).logits, trained(ids).logits, atol=1e-4)
+    assert not torch.allclose(saved(ids).logits, start.eval()(ids).logits, atol=1e-2)
+    shared = saved.lm_head.weight is saved.model.embed_tokens.weight
+    assert shared is saved.config.tie_word_embeddings is (wrapped is None)
+    assert ("embedding and output share: model/ has one for each" in caplog.text) is not shared
 
 
 def test_the_saved_model_needs_no_packflex(place, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import lightning as L
 import torch
+from _booleans import check_booleans
 from _checkpoints import progress
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -82,6 +83,7 @@ def check_settings(config: DictConfig) -> None:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise SetupError(f"{missing[0]} is not set; give it on the command line: {missing[0]}=...")
+    check_booleans(config)
     check_options(config, _HANDED_ON)
     _check_known("sample", complete, config.sample)
     for name, (least, nullable) in _WHOLE_NUMBERS.items():

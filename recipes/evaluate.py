@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in finetune.py
 import hydra
 import numpy as np
 import torch
+from _booleans import check_booleans
 from _checks import check_options, check_whole_number, check_words
 from _data import documents_of
 from _errors import one_line_of, unwritten
@@ -47,6 +48,7 @@ def evaluate(config: DictConfig) -> dict[str, float | int]:
     """Run a config; returns what summary.json holds."""
     for setting, least in (("packing.batch_size", 1), ("packing.seq_len", 2)):
         check_whole_number(config, setting, least)
+    check_booleans(config)
     check_options(config, ("data", "tokenize"))
     check_words(config)
     if get_object(config.data._target_) is TokenizedStream:

@@ -132,6 +132,9 @@ def test_the_recipe(place, tmp_path):
         (["device=meta"], "device=meta must be auto, cpu or cuda"),
         (["device=cuda:99"], "device=cuda:99: torch can use "),
         (["data=stream"], "data=stream has no end to evaluate; read the same files whole: data=jsonl"),
+        (["tokenize.train_on_prompt=no"], "tokenize.train_on_prompt=no must be true or false"),
+        (["model.gradient_checkpointing=no"], "model.gradient_checkpointing=no must be true or false"),
+        (["data=packed", "data.verify=off"], "data.verify=off must be true or false"),
         (["+tokenize.foo=1"], "tokenize.foo: packflex.data.tokenize.tokenize_documents takes no such option;"),
     ],
 )

@@ -21,14 +21,12 @@ import math
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
 import hydra
 import lightning as L
-import torch
 from _checkpoints import check_checkpoint, check_same_loss, check_same_model, check_same_optimizer, check_sharded
 from _checks import (
     check_attention,
@@ -42,20 +40,17 @@ from _checks import (
     tried,
 )
 from _cluster import join_ranks
+from _command import USER_ERRORS, run_command, stop
 from _data import DocumentNames, PackedSplits, is_stream, prepare, say
-from _errors import is_lost_rank, launcher_error, missing_metric, one_line_of, unwritten
+from _errors import is_lost_rank, missing_metric, unwritten
 from _sharding import ShardedCausalLMModule, whole_state
 from _signals import StopSignals
 from datasets import Dataset
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -83,13 +78,7 @@ from packflex.report import (
     typical_speed,
 )
 from packflex.report_page import save_report
-from packflex.testing.leaks import LeakError
 
-# packflex and torch raise ValueError and NotImplementedError for arguments that cannot be used.
-USER_ERRORS = (
-    ValueError, NotImplementedError, LeakError, NonFiniteLossError, torch.OutOfMemoryError, MisconfigurationException,
-    HydraException, OmegaConfBaseException,
-)  # fmt: skip
 # What Lightning and peft warn of that is meant here: no workers for rows in memory, metrics.csv beside Hydra's own
 # files, a resumed run that writes to a folder of its own, no held-out documents, embeddings that adapters wrap in
 # adapter/.
@@ -344,53 +333,23 @@ def run_config(config: DictConfig) -> None:
     try:
         finetune(config)
     except USER_ERRORS as error:  # here and not in main: Hydra would announce it with a line of its own
-        _stop(error)
+        stop(error)
     except OSError as error:
-        _stop(unwritten(error))
+        stop(unwritten(error))
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):  # of the host; a GPU's is a type of its own
-            _stop(error)
+            stop(error)
         missing = missing_metric(error)
         if missing is not None:
-            _stop(missing)
+            stop(missing)
         if not is_lost_rank(error):
             raise
-        _stop(
+        stop(
             SetupError(
                 "another rank of this run has died: it says why above, or was killed. Go on from the last checkpoint: "
                 f"ckpt_path={shortest(Path(config.paths.output_dir) / 'checkpoints')}/..."
             )
         )
-
-
-def run_command(run: Callable[[], Any]) -> None:
-    """Run a command line: exit code 0 when done, 2 for a mistake in the command or the data.
-
-    Args:
-        run: a function that `hydra.main` made.
-    """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them its own way
-    # where jobs of a launcher find the modules beside this one
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    try:
-        run()
-    except USER_ERRORS as error:  # a config that could not be composed
-        _stop(error)
-    except OSError as error:  # a folder of the run that Hydra could not make
-        _stop(unwritten(error))
-    except RuntimeError as error:
-        reason = launcher_error(error)
-        if reason is None:
-            raise
-        _stop(SetupError(reason))
-
-
-def _stop(error: Exception) -> NoReturn:
-    if "debug=true" in sys.argv:
-        raise error
-    name = HydraConfig.get().job.name if HydraConfig.initialized() else Path(sys.argv[0]).stem
-    print(f"{name}: error: {one_line_of(error)}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

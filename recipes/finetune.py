@@ -39,7 +39,7 @@ from _checks import (
     stream_settings,
     tried,
 )
-from _cluster import join_ranks
+from _cluster import check_processes, join_ranks
 from _command import USER_ERRORS, run_command, stop
 from _data import DocumentNames, PackedSplits, is_stream, prepare, say
 from _errors import is_lost_rank, missing_metric, unwritten
@@ -119,6 +119,7 @@ def _finetune(config: DictConfig, signals: StopSignals) -> RunSummary:
         logger=loggers,
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),  # else Lightning adds one of its own
     )
+    check_processes(config, trainer)
     check_single_run(trainer)
     check_sharded(config.ckpt_path, trainer)
     check_sharing(config, trainer)

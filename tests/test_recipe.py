@@ -480,6 +480,15 @@ def test_a_metric_that_another_callback_does_not_log_is_one_line(place, tmp_path
     assert "error: Early stopping conditioned on metric `other` which is not available." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_ranks_that_are_copies_of_this_process_are_refused(place, tmp_path, strategy):
+    config = composed(tmp_path, *small(place, f"trainer.strategy={strategy}", "trainer.devices=2"))
+    with pytest.raises(
+        SetupError, match=f"^trainer.strategy={strategy} trains in copies of this process .*; use trainer.strategy=ddp$"
+    ):
+        recipe.finetune(config)
+
+
 def test_a_sweep_over_several_devices_is_refused(place, tmp_path):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         overrides = ["hydra.mode=MULTIRUN", "hydra.job.num=0", f"hydra.runtime.output_dir={tmp_path}"]

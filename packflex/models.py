@@ -88,6 +88,22 @@ def build_model(
     return model.train()
 
 
+def check_adapters(config: Any) -> None:
+    """Refuse adapters that packed rows cannot carry.
+
+    Args:
+        config: a `peft.PeftConfig`.
+
+    Raises:
+        SetupError: virtual tokens (prompt and prefix tuning, p-tuning), which belong before each document.
+    """
+    if config.is_prompt_learning:
+        raise SetupError(
+            f"{type(config).__name__} puts virtual tokens before each input, and a packed row would have them before "
+            "its first document alone; use peft=lora"
+        )
+
+
 def add_adapters(model: PreTrainedModel, config: Any, seed: int = 0) -> Any:
     """The model with trainable adapters and frozen weights, in training mode.
 
@@ -97,10 +113,11 @@ def add_adapters(model: PreTrainedModel, config: Any, seed: int = 0) -> Any:
         seed: of the adapters' random start.
 
     Raises:
-        SetupError: adapters that do not fit this model.
+        SetupError: adapters that do not fit this model, or packed rows.
     """
     from peft import get_peft_model
 
+    check_adapters(config)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft asks by a name that transformers renamed after 5.17
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated", FutureWarning)

@@ -66,7 +66,7 @@ from packflex.integrations.lightning import (
     is_out_of_memory,
 )
 from packflex.integrations.lightning.shapes import token_cost
-from packflex.models import SetupError, add_adapters, merge_adapters
+from packflex.models import SetupError, add_adapters, check_adapters, merge_adapters
 from packflex.report import (
     RunSummary,
     complete,
@@ -126,14 +126,18 @@ def _finetune(config: DictConfig, signals: StopSignals) -> RunSummary:
     check_attention(config, callbacks)
     check_monitors(config, callbacks)
 
+    adapters = instantiate(config.peft) if config.peft._target_ is not None else None
+    if adapters is not None:
+        check_adapters(adapters)
+
     data = prepare(config)
     sharded = isinstance(trainer.strategy, ModelParallelStrategy)
     model = instantiate(config.model, tokenizer=data.tokenizer)
     say("%s with %.1f million parameters", type(model).__name__, model.num_parameters() / 1e6)
-    if config.peft._target_ is not None:
+    if adapters is not None:
         if sharded:
             raise SetupError("adapters are not trained sharded: use trainer=ddp with peft=lora, or peft=none")
-        model = add_adapters(model, instantiate(config.peft), config.seed)
+        model = add_adapters(model, adapters, config.seed)
         say("Training %.1f million of them in adapters", model.num_parameters(only_trainable=True) / 1e6)
     streaming = isinstance(data.train, TokenizedStream)
     fill_in(config, trainer, None if streaming else len(data.train))

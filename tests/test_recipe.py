@@ -339,6 +339,16 @@ def test_wrong_settings(settings, message, place, tmp_path, monkeypatch):
     assert one_line_of(error.value).startswith(message)
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize("loss", ["logits", "chunked"])
+def test_virtual_tokens_are_refused_before_the_data_is_read(place, tmp_path, kind, loss):
+    pytest.importorskip("peft")
+    settings = [f"peft._target_=peft.{kind}", "+peft.num_virtual_tokens=4", "+peft.task_type=CAUSAL_LM"]
+    config = composed(tmp_path, *small(place, *settings, f"module.loss={loss}", "data.path=nowhere.jsonl"))
+    with pytest.raises(SetupError, match=f"^{kind} puts virtual tokens before each input, .*; use peft=lora$"):
+        recipe.finetune(config)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -32,11 +32,16 @@ def is_pretrained(path: str | Path | None, init: str = "auto") -> bool:
     """Whether `build_model` loads weights: "auto" does when there is a path.
 
     Raises:
-        SetupError: an unknown `init`.
+        SetupError: an unknown `init`, or "pretrained" without a path.
     """
     if init not in get_args(Init):
         raise SetupError(f"model.init must be one of {', '.join(get_args(Init))}; got {init!r}")
-    return init == "pretrained" or (init == "auto" and path is not None)
+    if init == "pretrained" and path is None:
+        raise SetupError(
+            "model.init=pretrained needs model.path: a folder made by save_pretrained, or a hub id such as "
+            "HuggingFaceTB/SmolLM2-135M"
+        )
+    return init != "random" and path is not None
 
 
 def build_model(
@@ -71,11 +76,7 @@ def build_model(
         >>> build_model("HuggingFaceTB/SmolLM2-135M", "random", architecture={"of": "HuggingFaceTB/SmolLM2-135M", ...})
     """
     if is_pretrained(path, init):
-        if path is None:
-            raise SetupError(
-                "model.init=pretrained needs model.path: a folder made by save_pretrained, or a hub id such as "
-                "HuggingFaceTB/SmolLM2-135M"
-            )
+        assert path is not None
         model = _load(path, revision)
     else:
         model = _random(_configuration(path, architecture, tokenizer, revision), tokenizer, seed)

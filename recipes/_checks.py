@@ -119,6 +119,7 @@ def check_settings(config: DictConfig) -> None:
     clip = config.trainer.gradient_clip_val
     if clip is not None and not (_is_number(clip) and clip >= 0):  # NaN is not
         raise SetupError(f"trainer.gradient_clip_val={clip} must be a number of at least 0; 0 or null clips nothing")
+    is_pretrained(config.model.path, config.model.init)
     if config.model.path is not None:
         checked_name(config.model.path)
     _check_devices(config.trainer)

@@ -34,7 +34,7 @@ from packflex.data.tokenizer import load_tokenizer
 from packflex.data.write import load_packed
 from packflex.evaluate import document_losses
 from packflex.integrations.lightning import is_out_of_memory
-from packflex.models import SetupError
+from packflex.models import SetupError, checked_name, is_pretrained
 from packflex.report import shortest
 
 PRECISIONS = {"16": torch.float16, "bf16": torch.bfloat16, "32": None}
@@ -53,6 +53,9 @@ def evaluate(config: DictConfig) -> dict[str, float | int]:
             "data=stream has no end to evaluate; read the same files whole: data=jsonl (or data=packed after packflex "
             f"pack) data.path={config.data.path}"
         )
+    is_pretrained(config.model.path, config.model.init)
+    if config.model.path is not None:
+        checked_name(config.model.path)
     out = Path(config.paths.output_dir)
     out.mkdir(parents=True, exist_ok=True)  # before the long work
     device = _device(config.device)

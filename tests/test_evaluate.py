@@ -135,6 +135,7 @@ def test_the_recipe(place, tmp_path):
         (["tokenize.train_on_prompt=no"], "tokenize.train_on_prompt=no must be true or false"),
         (["model.gradient_checkpointing=no"], "model.gradient_checkpointing=no must be true or false"),
         (["data=packed", "data.verify=off"], "data.verify=off must be true or false"),
+        (["model.path=null", "model.init=pretrained"], "model.init=pretrained needs model.path: a folder"),
         (["+tokenize.foo=1"], "tokenize.foo: packflex.data.tokenize.tokenize_documents takes no such option;"),
     ],
 )

@@ -31,7 +31,13 @@ def folder(tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("path", "init", "expected"),
-    [(None, "auto", False), ("x", "auto", True), ("x", "random", False), (None, "pretrained", True)],
+    [
+        (None, "auto", False),
+        ("x", "auto", True),
+        ("x", "random", False),
+        (None, "random", False),
+        ("x", "pretrained", True),
+    ],
 )
 def test_is_pretrained(path, init, expected):
     assert is_pretrained(path, init) is expected

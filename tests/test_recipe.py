@@ -232,6 +232,11 @@ def test_wrong_data(content, percent, message, place, tmp_path):
         (["packing.seq_len=long"], "packing.seq_len=long must be a whole number of at least 2"),
         (["packing.batch_size=0"], "packing.batch_size=0 must be a whole number of at least 1"),
         (["optimizer.lr=-1"], "optimizer.lr=-1 must be a number above 0"),
+        (
+            ["model.path=null", "model.init=pretrained", "data.path=nowhere.jsonl"],
+            "model.init=pretrained needs model.path: a",
+        ),
+        (["model.init=rendom", "data.path=nowhere.jsonl"], "model.init must be one of auto, random, pretrained; got"),
         (["model.path=./nowhere"], "./nowhere: no such folder; model.path needs"),
         (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such checkpoint; ckpt_path is a file that a run wrote"),
         (["ckpt_path=docs"], "docs: a folder that is no sharded checkpoint; ckpt_path is a file such as"),

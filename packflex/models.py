@@ -257,7 +257,7 @@ def checked_name(path: str | Path) -> str:
     """A model's folder or hub id, as transformers takes it; whether the hub has it is not asked.
 
     Raises:
-        SetupError: a file, a folder without a model, or what looks like a folder and is none.
+        SetupError: a file, a folder without a model or with adapters alone, or what looks like a folder and is none.
     """
     name = str(path)
     folder = Path(name).expanduser()
@@ -265,6 +265,11 @@ def checked_name(path: str | Path) -> str:
         raise SetupError(f"{name}: model.path is a file; give the folder that it is in, or a hub id")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise SetupError(
+                    f"{name}: the folder holds adapters, and model.path needs the whole model, which a run saves "
+                    f"beside them: {folder.parent / 'model'}"
+                )
             raise SetupError(
                 f"{name}: the folder holds no config.json; model.path needs a folder made by save_pretrained, or a "
                 "hub id"

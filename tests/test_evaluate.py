@@ -145,6 +145,13 @@ def test_what_cannot_be_evaluated(place, tmp_path, settings, message):
     assert one_line_of(error.value).startswith(message)
 
 
+def test_adapters_alone_are_told_from_the_model(place, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(SetupError, match=r"the folder holds adapters, and model\.path needs the whole model"):
+        recipe.evaluate(composed(place, tmp_path / "out", f"model.path={tmp_path}/adapter"))
+
+
 def test_conversations_without_a_template_name_the_setting(place, tmp_path):
     (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "assistant", "content": "4"}]}\n')
     with pytest.raises(DataError) as error:

@@ -104,6 +104,10 @@ def test_paths_without_a_model(tmp_path):
         checked_name(tmp_path / "file")
     with pytest.raises(SetupError, match=r"holds no config\.json"):
         checked_name(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(SetupError, match=f"the folder holds adapters, .* beside them: {tmp_path}/model$"):
+        checked_name(tmp_path / "adapter")
     with pytest.raises(SetupError, match="nowhere: no such folder"):
         checked_name("./nowhere")
     assert checked_name("owner/name") == "owner/name"

@@ -118,14 +118,18 @@ def linear_next_token_loss(
     if chunk is None:
         chunk = max(64, _CHUNK_BYTES // (4 * weight.shape[0]))
     targets = labels[:, 1:].flatten()
-    shifted = None if weights is None else weights[:, 1:].flatten()
+    shifted = None if weights is None else weights[:, 1:].flatten().float()
     flat = hidden[:, :-1].flatten(0, 1)
     total = _LinearCrossEntropy.apply(flat, weight, bias, targets, shifted, softcap, chunk)
     return total, (targets != IGNORED).sum() if shifted is None else shifted.sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T + bias`; the backward only scales what the forward prepared."""
+    """Summed cross-entropy of `hidden @ weight.T + bias`; the backward only scales what the forward prepared.
+
+    Gradients to the logits are softmax minus one-hot, without the weights of tokens: times 1 / n of a long document
+    most of them would be below what fp16 can hold, and what a `GradScaler` multiplies with comes in the backward alone.
+    """
 
     @staticmethod
     def forward(
@@ -143,30 +147,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wants_bias else None
+        largest = None if weights is None else weights.amax().clamp(min=torch.finfo(weights.dtype).tiny)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(targets), chunk):
                 at = slice(start, start + chunk)
-                loss, gradient = _chunk(hidden[at], weight, bias, targets[at], weights, at, softcap)
+                inputs, share = hidden[at], None if weights is None else weights[at]
+                loss, exact = _chunk(inputs, weight, bias, targets[at], share, softcap)
                 total += loss
+                if grad_bias is not None:
+                    grad_bias += exact.sum(0) if share is None else share @ exact
+                gradient = exact.to(hidden.dtype)
+                del exact
                 if grad_hidden is not None:
                     grad_hidden[at] = gradient @ weight
                 if grad_weight is not None:
-                    grad_weight += (gradient.T @ hidden[at]).float()
-                if grad_bias is not None:
-                    grad_bias += gradient.sum(0, dtype=torch.float32)
+                    if share is not None and largest is not None:
+                        inputs = (inputs * (share / largest)[:, None]).to(hidden.dtype)
+                    grad_weight += (gradient.T @ inputs).float()
+        if grad_weight is not None and largest is not None:
+            grad_weight *= largest
         grads = (grad_hidden, grad_weight, grad_bias)
-        ctx.save_for_backward(*(g for g in grads if g is not None))
-        ctx.present = tuple(g is not None for g in grads)
+        ctx.save_for_backward(weights, *grads)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        saved = iter(ctx.saved_tensors)
+        weights, *saved = ctx.saved_tensors
+        # float32 before the product: a scaled gradient may be more than fp16 can hold
+        factors = (grad if weights is None else (weights * grad)[:, None], grad, grad)
         grads = [
-            (next(saved) * grad).to(dtype) if present else None
-            for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
+            None if each is None else (each.to(torch.promote_types(each.dtype, torch.float32)) * factor).to(dtype)
+            for each, factor, dtype in zip(saved, factors, ctx.dtypes, strict=True)
         ]
         return *grads, None, None, None, None
 
@@ -176,11 +189,10 @@ def _chunk(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    weights: Tensor | None,
-    at: slice,
+    share: Tensor | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss of one chunk, and its gradient to the logits in hidden's dtype [n, V]."""
+    """Summed loss of one chunk with these weights, and float32 gradient to the logits [n, V] without them."""
     logits = (hidden @ weight.T).float()
     if bias is not None:
         logits += bias.float()
@@ -188,12 +200,12 @@ def _chunk(
         tanh = (logits / softcap).tanh_()
         logits = tanh * softcap
     supervised = targets != IGNORED
-    share = supervised.float() if weights is None else weights[at] * supervised
     index = targets.clamp(min=0)[:, None]
     lse = logits.logsumexp(1)
-    loss = ((lse - logits.gather(1, index)[:, 0]) * share).sum()
+    each = (lse - logits.gather(1, index)[:, 0]) * supervised
+    loss = each.sum() if share is None else (each * share).sum()
     gradient = logits.sub_(lse[:, None]).exp_()
     gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
     if softcap is not None:
         gradient *= 1 - tanh * tanh
-    return loss, (gradient * share[:, None]).to(hidden.dtype)
+    return loss, gradient.mul_(supervised[:, None])

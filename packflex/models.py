@@ -32,11 +32,16 @@ def is_pretrained(path: str | Path | None, init: str = "auto") -> bool:
     """Whether `build_model` loads weights: "auto" does when there is a path.
 
     Raises:
-        SetupError: an unknown `init`.
+        SetupError: an unknown `init`, or "pretrained" without a path.
     """
     if init not in get_args(Init):
         raise SetupError(f"model.init must be one of {', '.join(get_args(Init))}; got {init!r}")
-    return init == "pretrained" or (init == "auto" and path is not None)
+    if init == "pretrained" and path is None:
+        raise SetupError(
+            "model.init=pretrained needs model.path: a folder made by save_pretrained, or a hub id such as "
+            "HuggingFaceTB/SmolLM2-135M"
+        )
+    return init != "random" and path is not None
 
 
 def build_model(
@@ -71,11 +76,7 @@ def build_model(
         >>> build_model("HuggingFaceTB/SmolLM2-135M", "random", architecture={"of": "HuggingFaceTB/SmolLM2-135M", ...})
     """
     if is_pretrained(path, init):
-        if path is None:
-            raise SetupError(
-                "model.init=pretrained needs model.path: a folder made by save_pretrained, or a hub id such as "
-                "HuggingFaceTB/SmolLM2-135M"
-            )
+        assert path is not None
         model = _load(path, revision)
     else:
         model = _random(_configuration(path, architecture, tokenizer, revision), tokenizer, seed)
@@ -88,6 +89,22 @@ def build_model(
     return model.train()
 
 
+def check_adapters(config: Any) -> None:
+    """Refuse adapters that packed rows cannot carry.
+
+    Args:
+        config: a `peft.PeftConfig`.
+
+    Raises:
+        SetupError: virtual tokens (prompt and prefix tuning, p-tuning), which belong before each document.
+    """
+    if config.is_prompt_learning:
+        raise SetupError(
+            f"{type(config).__name__} puts virtual tokens before each input, and a packed row would have them before "
+            "its first document alone; use peft=lora"
+        )
+
+
 def add_adapters(model: PreTrainedModel, config: Any, seed: int = 0) -> Any:
     """The model with trainable adapters and frozen weights, in training mode.
 
@@ -97,18 +114,77 @@ def add_adapters(model: PreTrainedModel, config: Any, seed: int = 0) -> Any:
         seed: of the adapters' random start.
 
     Raises:
-        SetupError: adapters that do not fit this model.
+        SetupError: adapters that do not fit this model, or packed rows.
     """
     from peft import get_peft_model
 
+    check_adapters(config)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft asks by a name that transformers renamed after 5.17
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated", FutureWarning)
+        # `merge_adapters` sees to them
+        warnings.filterwarnings("ignore", "Model has .tie_word_embeddings=True. and a tied layer", UserWarning)
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config).train()
         except ValueError as error:
             raise SetupError(f"{type(model).__name__}: {one_line(error)}; check the peft settings") from error
+
+
+def merge_adapters(model: Any) -> tuple[PreTrainedModel, bool]:
+    """The plain model that computes what a model with adapters does.
+
+    An input embedding and an output head that share a weight get one each where an adapter wraps either: merged into
+    the shared weight, its change would reach the other too. `config.tie_word_embeddings` then says so to whoever loads
+    the model. Weights that the adapters leave equal stay shared.
+
+    Args:
+        model: as `add_adapters` gives it; changed in place.
+
+    Returns:
+        The model without adapters, and whether weights that were shared no longer are.
+    """
+    inner = model.get_base_model()
+    shared = _shared_and_adapted(inner)
+    for owners in shared:
+        for module, name in owners[1:]:
+            weight = getattr(module, name)
+            setattr(module, name, torch.nn.Parameter(weight.detach().clone(), weight.requires_grad))
+    configs = (inner.config, inner.config.get_text_config())
+    tied = [config.tie_word_embeddings for config in configs]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model with .tie_word_embeddings=True. and the", UserWarning)
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied", UserWarning)
+        merged = model.merge_and_unload()
+    differing = False
+    for (first, of), *others in shared:
+        weight = getattr(first, of)
+        if all(torch.equal(weight, getattr(module, name)) for module, name in others):
+            for module, name in others:
+                setattr(module, name, weight)
+        else:
+            differing = True
+    if shared:
+        for config, was in zip(configs, tied, strict=True):
+            config.tie_word_embeddings = was and not differing
+    return merged, differing
+
+
+def _shared_and_adapted(model: torch.nn.Module) -> list[list[tuple[torch.nn.Module, str]]]:
+    """Modules and names of each weight that several modules share, an adapter's base layer among them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owners: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, name))
+    adapted = {
+        id(part)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for part in layer.get_base_layer().modules()
+    }
+    return [each for each in owners.values() if len(each) > 1 and any(id(module) in adapted for module, _ in each)]
 
 
 def _load(path: str | Path, revision: str | None) -> PreTrainedModel:
@@ -181,7 +257,7 @@ def checked_name(path: str | Path) -> str:
     """A model's folder or hub id, as transformers takes it; whether the hub has it is not asked.
 
     Raises:
-        SetupError: a file, a folder without a model, or what looks like a folder and is none.
+        SetupError: a file, a folder without a model or with adapters alone, or what looks like a folder and is none.
     """
     name = str(path)
     folder = Path(name).expanduser()
@@ -189,6 +265,11 @@ def checked_name(path: str | Path) -> str:
         raise SetupError(f"{name}: model.path is a file; give the folder that it is in, or a hub id")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise SetupError(
+                    f"{name}: the folder holds adapters, and model.path needs the whole model, which a run saves "
+                    f"beside them: {folder.parent / 'model'}"
+                )
             raise SetupError(
                 f"{name}: the folder holds no config.json; model.path needs a folder made by save_pretrained, or a "
                 "hub id"

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import lightning as L
 import torch
+from _booleans import check_booleans
 from _checkpoints import progress
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -82,6 +83,7 @@ def check_settings(config: DictConfig) -> None:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise SetupError(f"{missing[0]} is not set; give it on the command line: {missing[0]}=...")
+    check_booleans(config)
     check_options(config, _HANDED_ON)
     _check_known("sample", complete, config.sample)
     for name, (least, nullable) in _WHOLE_NUMBERS.items():
@@ -117,6 +119,7 @@ def check_settings(config: DictConfig) -> None:
     clip = config.trainer.gradient_clip_val
     if clip is not None and not (_is_number(clip) and clip >= 0):  # NaN is not
         raise SetupError(f"trainer.gradient_clip_val={clip} must be a number of at least 0; 0 or null clips nothing")
+    is_pretrained(config.model.path, config.model.init)
     if config.model.path is not None:
         checked_name(config.model.path)
     _check_devices(config.trainer)

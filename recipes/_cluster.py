@@ -1,13 +1,15 @@
-"""Ranks that something else than Lightning starts: torchrun, SLURM, submitit on this machine."""
+"""Ranks that something else than Lightning starts: torchrun, SLURM, submitit on this machine; and how Lightning may."""
 
 from __future__ import annotations
 
 import os
 from datetime import timedelta
 
+import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf import DictConfig
 from torch.distributed import TCPStore
 
@@ -36,6 +38,19 @@ def join_ranks(config: DictConfig) -> None:
         return
     # each rank named its folder by its own clock
     config.paths.output_dir = _first_ranks(environment, str(config.paths.output_dir))
+
+
+def check_processes(config: DictConfig, trainer: L.Trainer) -> None:
+    """Refuse ranks that are copies of this process, made for a part of the run: their state is gone after it.
+
+    Raises:
+        SetupError: with the strategy to use.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise SetupError(
+            f"trainer.strategy={config.trainer.strategy} trains in copies of this process that never hand back the "
+            "step and the optimizer's state, which a checkpoint needs; use trainer.strategy=ddp"
+        )
 
 
 def _as_torchrun() -> None:

@@ -92,6 +92,11 @@ def one_line_of(error: BaseException, lower: str = _LOWER) -> str:
             "hydra/launcher=slurm asks for as many GPUs on each node as there are trainer.devices, which must be a "
             "number then: trainer.devices=4"
         )
+    if re.match(r"Interpolation key 'trainer\.(devices|num_nodes)' not found", text):
+        text = (
+            "hydra/launcher=slurm asks for the devices of a trainer, which there is none of here; use "
+            "hydra/launcher=submitit_slurm"
+        )
     text = re.sub(r"^In '[\w/]+': ", "", text).replace(" Available options", "; available options")
     return _OPTION.sub(
         _as_setting, text.replace("(chat_template=, --chat-template FILE)", "(tokenizer.chat_template=FILE)")

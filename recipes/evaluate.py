@@ -11,24 +11,22 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in finetune.py
 
 import hydra
 import numpy as np
 import torch
+from _booleans import check_booleans
 from _checks import check_options, check_whole_number, check_words
+from _command import USER_ERRORS, run_command, stop
 from _data import documents_of
-from _errors import one_line_of, unwritten
+from _errors import unwritten
 from datasets import Dataset
-from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedTokenizerBase
 
 from packflex.data.tokenized_stream import TokenizedStream
@@ -36,17 +34,18 @@ from packflex.data.tokenizer import load_tokenizer
 from packflex.data.write import load_packed
 from packflex.evaluate import document_losses
 from packflex.integrations.lightning import is_out_of_memory
-from packflex.models import SetupError
+from packflex.models import SetupError, checked_name, is_pretrained
 from packflex.report import shortest
 
 PRECISIONS = {"16": torch.float16, "bf16": torch.bfloat16, "32": None}
-USER_ERRORS = (ValueError, NotImplementedError, torch.OutOfMemoryError, HydraException, OmegaConfBaseException)
+_LOWER = "a lower packing.batch_size, a lower packing.seq_len"
 
 
 def evaluate(config: DictConfig) -> dict[str, float | int]:
     """Run a config; returns what summary.json holds."""
     for setting, least in (("packing.batch_size", 1), ("packing.seq_len", 2)):
         check_whole_number(config, setting, least)
+    check_booleans(config)
     check_options(config, ("data", "tokenize"))
     check_words(config)
     if get_object(config.data._target_) is TokenizedStream:
@@ -54,6 +53,9 @@ def evaluate(config: DictConfig) -> dict[str, float | int]:
             "data=stream has no end to evaluate; read the same files whole: data=jsonl (or data=packed after packflex "
             f"pack) data.path={config.data.path}"
         )
+    is_pretrained(config.model.path, config.model.init)
+    if config.model.path is not None:
+        checked_name(config.model.path)
     out = Path(config.paths.output_dir)
     out.mkdir(parents=True, exist_ok=True)  # before the long work
     device = _device(config.device)
@@ -150,33 +152,14 @@ def run(config: DictConfig) -> None:
     try:
         evaluate(config)
     except USER_ERRORS as error:
-        _stop(error)
+        stop(error, lower=_LOWER)
     except OSError as error:
-        _stop(unwritten(error))
+        stop(unwritten(error))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        _stop(error)
-
-
-def _stop(error: Exception) -> NoReturn:
-    if "debug=true" in sys.argv:
-        raise error
-    print(
-        f"evaluate: error: {one_line_of(error, lower='a lower packing.batch_size, a lower packing.seq_len')}",
-        file=sys.stderr,
-    )
-    sys.exit(2)
-
-
-def main() -> None:
-    """Run the command line: exit code 0 when done, 2 for a mistake in the command or the data."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        run()
-    except USER_ERRORS as error:
-        _stop(error)
+        stop(error, lower=_LOWER)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(run)

@@ -21,14 +21,12 @@ import math
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
 import hydra
 import lightning as L
-import torch
 from _checkpoints import check_checkpoint, check_same_loss, check_same_model, check_same_optimizer, check_sharded
 from _checks import (
     check_attention,
@@ -41,21 +39,18 @@ from _checks import (
     stream_settings,
     tried,
 )
-from _cluster import join_ranks
+from _cluster import check_processes, join_ranks
+from _command import USER_ERRORS, run_command, stop
 from _data import DocumentNames, PackedSplits, is_stream, prepare, say
-from _errors import is_lost_rank, launcher_error, missing_metric, one_line_of, unwritten
+from _errors import is_lost_rank, missing_metric, unwritten
 from _sharding import ShardedCausalLMModule, whole_state
 from _signals import StopSignals
 from datasets import Dataset
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -71,7 +66,7 @@ from packflex.integrations.lightning import (
     is_out_of_memory,
 )
 from packflex.integrations.lightning.shapes import token_cost
-from packflex.models import SetupError, add_adapters
+from packflex.models import SetupError, add_adapters, check_adapters, merge_adapters
 from packflex.report import (
     RunSummary,
     complete,
@@ -83,15 +78,10 @@ from packflex.report import (
     typical_speed,
 )
 from packflex.report_page import save_report
-from packflex.testing.leaks import LeakError
 
-# packflex and torch raise ValueError and NotImplementedError for arguments that cannot be used.
-USER_ERRORS = (
-    ValueError, NotImplementedError, LeakError, NonFiniteLossError, torch.OutOfMemoryError, MisconfigurationException,
-    HydraException, OmegaConfBaseException,
-)  # fmt: skip
-# What Lightning warns of that is meant here: no workers for rows in memory, metrics.csv beside Hydra's own files, a
-# resumed run that writes to a folder of its own, no held-out documents.
+# What Lightning and peft warn of that is meant here: no workers for rows in memory, metrics.csv beside Hydra's own
+# files, a resumed run that writes to a folder of its own, no held-out documents, embeddings that adapters wrap in
+# adapter/.
 EXPECTED = (
     "does not have many workers",
     "Experiment logs directory",
@@ -99,6 +89,7 @@ EXPECTED = (
     "Checkpoint dir",
     "The dirpath has changed",
     "You defined a `validation_step` but have no",
+    "Setting .save_embedding_layers. to .True. as embedding layers found",
 )
 
 
@@ -128,20 +119,25 @@ def _finetune(config: DictConfig, signals: StopSignals) -> RunSummary:
         logger=loggers,
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),  # else Lightning adds one of its own
     )
+    check_processes(config, trainer)
     check_single_run(trainer)
     check_sharded(config.ckpt_path, trainer)
     check_sharing(config, trainer)
     check_attention(config, callbacks)
     check_monitors(config, callbacks)
 
+    adapters = instantiate(config.peft) if config.peft._target_ is not None else None
+    if adapters is not None:
+        check_adapters(adapters)
+
     data = prepare(config)
     sharded = isinstance(trainer.strategy, ModelParallelStrategy)
     model = instantiate(config.model, tokenizer=data.tokenizer)
     say("%s with %.1f million parameters", type(model).__name__, model.num_parameters() / 1e6)
-    if config.peft._target_ is not None:
+    if adapters is not None:
         if sharded:
             raise SetupError("adapters are not trained sharded: use trainer=ddp with peft=lora, or peft=none")
-        model = add_adapters(model, instantiate(config.peft), config.seed)
+        model = add_adapters(model, adapters, config.seed)
         say("Training %.1f million of them in adapters", model.num_parameters(only_trainable=True) / 1e6)
     streaming = isinstance(data.train, TokenizedStream)
     fill_in(config, trainer, None if streaming else len(data.train))
@@ -275,7 +271,9 @@ def _finish(
         files["adapter"] = out / "adapter"
         if trainer.is_global_zero:
             model.save_pretrained(files["adapter"])
-        model = model.merge_and_unload()
+        model, untied = merge_adapters(model)
+        if untied:
+            say("The adapters changed a weight that embedding and output share: model/ has one for each")
     state = whole_state(model)
     measured = [(step, loss) for step, loss in losses if loss is not None]
     earlier = zip(*read_metrics(out / "metrics.csv", "val/loss"), strict=True)
@@ -340,53 +338,23 @@ def run_config(config: DictConfig) -> None:
     try:
         finetune(config)
     except USER_ERRORS as error:  # here and not in main: Hydra would announce it with a line of its own
-        _stop(error)
+        stop(error)
     except OSError as error:
-        _stop(unwritten(error))
+        stop(unwritten(error))
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):  # of the host; a GPU's is a type of its own
-            _stop(error)
+            stop(error)
         missing = missing_metric(error)
         if missing is not None:
-            _stop(missing)
+            stop(missing)
         if not is_lost_rank(error):
             raise
-        _stop(
+        stop(
             SetupError(
                 "another rank of this run has died: it says why above, or was killed. Go on from the last checkpoint: "
                 f"ckpt_path={shortest(Path(config.paths.output_dir) / 'checkpoints')}/..."
             )
         )
-
-
-def run_command(run: Callable[[], Any]) -> None:
-    """Run a command line: exit code 0 when done, 2 for a mistake in the command or the data.
-
-    Args:
-        run: a function that `hydra.main` made.
-    """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them its own way
-    # where jobs of a launcher find the modules beside this one
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    try:
-        run()
-    except USER_ERRORS as error:  # a config that could not be composed
-        _stop(error)
-    except OSError as error:  # a folder of the run that Hydra could not make
-        _stop(unwritten(error))
-    except RuntimeError as error:
-        reason = launcher_error(error)
-        if reason is None:
-            raise
-        _stop(SetupError(reason))
-
-
-def _stop(error: Exception) -> NoReturn:
-    if "debug=true" in sys.argv:
-        raise error
-    name = HydraConfig.get().job.name if HydraConfig.initialized() else Path(sys.argv[0]).stem
-    print(f"{name}: error: {one_line_of(error)}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from hydra.utils import get_class, get_method, instantiate
 from omegaconf import OmegaConf
 
 from packflex.integrations.lightning import AtomicCheckpointIO, PackedDataModule, PackFlexCallback
+from packflex.models import SetupError
 from packflex.packing import plan_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,3 +208,25 @@ def test_hydra_s_own_settings():
     assert config.hydra.job_logging.handlers.console.formatter == "plain"
     levels = {name: logger.level for name, logger in config.hydra.job_logging.loggers.items()}
     assert levels == {"packflex.data": "WARNING", "packflex.data.loader": "INFO"}, "fillers of the last step are told"
+
+
+@pytest.mark.parametrize("name", ["finetune", "pretrain", "evaluate"])
+def test_all_settings_that_are_true_or_false_are_checked(tmp_path, name):
+    """By their defaults, among what is not of the model's own configuration or Hydra's."""
+    from _booleans import check_booleans
+
+    def booleans(node, path=()):
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from booleans(value, (*path, key))
+            elif isinstance(value, bool) and not str(key).startswith("_"):
+                yield ".".join((*path, key))
+
+    config = composed(tmp_path, "data=jsonl", "data.path=x", "model.path=x", name=name)
+    check_booleans(config)
+    found = [n for n in booleans(OmegaConf.to_container(config)) if not n.startswith("model.architecture.")]
+    assert {"debug", "tokenize.train_on_prompt", "model.gradient_checkpointing", "attention.leak_check"} <= {*found}
+    for setting in found:
+        config = composed(tmp_path, "data=jsonl", "data.path=x", "model.path=x", f"{setting}=no", name=name)
+        with pytest.raises(SetupError, match=r"=no must be true or false$"):
+            check_booleans(config)

@@ -132,6 +132,10 @@ def test_the_recipe(place, tmp_path):
         (["device=meta"], "device=meta must be auto, cpu or cuda"),
         (["device=cuda:99"], "device=cuda:99: torch can use "),
         (["data=stream"], "data=stream has no end to evaluate; read the same files whole: data=jsonl"),
+        (["tokenize.train_on_prompt=no"], "tokenize.train_on_prompt=no must be true or false"),
+        (["model.gradient_checkpointing=no"], "model.gradient_checkpointing=no must be true or false"),
+        (["data=packed", "data.verify=off"], "data.verify=off must be true or false"),
+        (["model.path=null", "model.init=pretrained"], "model.init=pretrained needs model.path: a folder"),
         (["+tokenize.foo=1"], "tokenize.foo: packflex.data.tokenize.tokenize_documents takes no such option;"),
     ],
 )
@@ -139,6 +143,13 @@ def test_what_cannot_be_evaluated(place, tmp_path, settings, message):
     with pytest.raises(SetupError) as error:
         recipe.evaluate(composed(place, tmp_path, *settings))
     assert one_line_of(error.value).startswith(message)
+
+
+def test_adapters_alone_are_told_from_the_model(place, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(SetupError, match=r"the folder holds adapters, and model\.path needs the whole model"):
+        recipe.evaluate(composed(place, tmp_path / "out", f"model.path={tmp_path}/adapter"))
 
 
 def test_conversations_without_a_template_name_the_setting(place, tmp_path):

@@ -88,6 +88,15 @@ def test_devices_must_be_a_number_for_slurm():
     assert "must be a number then: trainer.devices=4" in one_line_of(error.value)
 
 
+@needs_submitit
+def test_evaluations_have_no_devices_to_ask_slurm_for():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("evaluate", overrides=["hydra/launcher=slurm"], return_hydra_config=True)
+    with pytest.raises(Exception, match="Interpolation key") as error:
+        OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    assert one_line_of(error.value).endswith("use hydra/launcher=submitit_slurm")
+
+
 def test_the_extra_is_named_where_it_is_missing():
     missing = ConfigCompositionException("Could not load 'hydra/launcher/submitit_slurm'.")
     assert one_line_of(missing).endswith("pip install packflex[slurm]")
@@ -147,3 +156,29 @@ def test_a_mistake_in_a_job_is_told_in_one_line(place, tmp_path):
         "finetune: error: hydra/launcher=slurm: there is no srun here; start the sweep on a machine that submits to "
         "SLURM\n"
     )
+
+
+@needs_submitit
+@pytest.mark.slow
+def test_evaluations_are_swept_in_jobs_too(place, tmp_path):
+    (place / "few.jsonl").write_text("".join((place / "train.jsonl").read_text().splitlines(keepends=True)[:4]))
+
+    def evaluate(data, out):
+        command = [
+            sys.executable, str(ROOT / "recipes" / "evaluate.py"), "-m", "hydra/launcher=submitit_local",
+            f"model.path={place}/model", f"data.path={data}", f"hydra.sweep.dir={out}",
+        ]  # fmt: skip
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=place, timeout=200,
+            env={**os.environ, "PYTHONPATH": paths},
+        )  # fmt: skip
+
+    done = evaluate(f"{place}/train.jsonl,{place}/few.jsonl", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "1" / "summary.json").read_text())["documents"] == 4
+    wrong = evaluate("nowhere.jsonl", tmp_path / "wrong")
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].startswith(
+        "evaluate: error: a job of the sweep failed: nowhere.jsonl: no such file or folder"
+    ), wrong.stderr

@@ -79,6 +79,43 @@ def test_autocast_and_frozen_output_embedding():
     assert (ours - expected).norm() < 2e-2 * expected.norm()
 
 
+@pytest.mark.parametrize("weighting", ["token", "document", "sqrt"])
+@pytest.mark.parametrize("lengths", [[2048], [2000, 40, 8]])
+def test_fp16_is_as_exact_as_by_logits(weighting, lengths):
+    """Of a loss scaled as by a `GradScaler`; the weights of long documents are near the least that fp16 holds."""
+    torch.manual_seed(0)
+    layout = PackedLayout.from_lengths([lengths], seq_len=2048)
+    labels = torch.randint(0, 8192, (1, 2048))
+    labels[layout.position_ids == 0] = IGNORED
+    weights = token_weights(labels, layout, weighting)
+    inputs = [torch.randn(1, 2048, 8), 0.04 * torch.randn(8192, 8), 0.1 * torch.randn(8192)]
+    inputs = [x.half().requires_grad_() for x in inputs]
+    scale = 2.0**16 / 2048
+
+    def logits(hidden, weight, bias):
+        return next_token_loss(hidden @ weight.T + bias, labels, weights)[0]
+
+    def chunked(hidden, weight, bias):
+        return linear_next_token_loss(hidden, weight, labels, weights, bias=bias, chunk=500)[0]
+
+    def gradients(loss, inputs):
+        return [g.double() for g in torch.autograd.grad(loss(*inputs) * scale, inputs)]
+
+    exact = gradients(logits, [x.detach().double().requires_grad_() for x in inputs])
+    for expected, ours, theirs in zip(exact, gradients(chunked, inputs), gradients(logits, inputs), strict=True):
+        error, theirs_error = ((g - expected).norm() / expected.norm() for g in (ours, theirs))
+        assert error < theirs_error + 5e-4, f"{error:.1e} for {theirs_error:.1e} by logits"
+
+
+def test_a_scale_beyond_fp16_is_no_infinite_gradient():
+    hidden, weight, labels = batch(dtype=torch.float32)
+    hidden, weight = hidden.detach().half().requires_grad_(), weight.detach().half()
+    weights = 1e-4 * (labels != IGNORED).float()
+    (ours,) = torch.autograd.grad(linear_next_token_loss(hidden, weight, labels, weights)[0] * 2.0**17, hidden)
+    (expected,) = torch.autograd.grad(next_token_loss(hidden @ weight.T, labels, weights)[0] * 2.0**17, hidden)
+    assert torch.allclose(ours, expected, rtol=1e-2, atol=1e-2)
+
+
 def test_no_supervised_token_gives_zero_and_no_gradient():
     hidden, weight, labels = batch()
     total, count = linear_next_token_loss(hidden, weight, torch.full_like(labels, IGNORED))

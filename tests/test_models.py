@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from packflex.data.tokenizer import train_tokenizer
-from packflex.models import SetupError, build_model, checked_name, is_pretrained
+from packflex.models import SetupError, add_adapters, build_model, checked_name, is_pretrained, merge_adapters
 
 TINY = {
     "model_type": "llama",
@@ -31,7 +31,13 @@ def folder(tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("path", "init", "expected"),
-    [(None, "auto", False), ("x", "auto", True), ("x", "random", False), (None, "pretrained", True)],
+    [
+        (None, "auto", False),
+        ("x", "auto", True),
+        ("x", "random", False),
+        (None, "random", False),
+        ("x", "pretrained", True),
+    ],
 )
 def test_is_pretrained(path, init, expected):
     assert is_pretrained(path, init) is expected
@@ -98,6 +104,10 @@ def test_paths_without_a_model(tmp_path):
         checked_name(tmp_path / "file")
     with pytest.raises(SetupError, match=r"holds no config\.json"):
         checked_name(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(SetupError, match=f"the folder holds adapters, .* beside them: {tmp_path}/model$"):
+        checked_name(tmp_path / "adapter")
     with pytest.raises(SetupError, match="nowhere: no such folder"):
         checked_name("./nowhere")
     assert checked_name("owner/name") == "owner/name"
@@ -109,3 +119,33 @@ def test_paths_without_a_model(tmp_path):
 def test_a_vocabulary_smaller_than_the_tokenizers(tokenizer):
     with pytest.raises(SetupError, match=rf"knows 10 token ids and the tokenizer gives {len(tokenizer)}"):
         build_model(architecture=TINY | {"vocab_size": 10}, tokenizer=tokenizer)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("settings", "apart"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, True),
+        ({"target_modules": ["embed_tokens"]}, True),
+        ({"target_modules": ["embed_tokens", "lm_head"]}, True),
+        ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, False),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]}, False),
+        ({"target_modules": "all-linear"}, False),
+    ],
+)
+def test_merged_adapters_compute_the_same_whatever_weights_are_shared(settings, apart):
+    peft = pytest.importorskip("peft")
+    model = build_model(architecture=TINY | {"vocab_size": 64, "tie_word_embeddings": True})
+    adapted = add_adapters(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    ids = torch.arange(20)[None]
+    expected = adapted(ids).logits
+    merged, differing = merge_adapters(adapted)
+    assert torch.allclose(merged(ids).logits, expected, atol=1e-4)
+    assert differing is apart
+    assert merged.config.tie_word_embeddings is not apart
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) is not apart

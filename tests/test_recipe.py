@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from packflex.data.errors import DataError
 from packflex.data.tokenizer import train_tokenizer
@@ -231,6 +232,11 @@ def test_wrong_data(content, percent, message, place, tmp_path):
         (["packing.seq_len=long"], "packing.seq_len=long must be a whole number of at least 2"),
         (["packing.batch_size=0"], "packing.batch_size=0 must be a whole number of at least 1"),
         (["optimizer.lr=-1"], "optimizer.lr=-1 must be a number above 0"),
+        (
+            ["model.path=null", "model.init=pretrained", "data.path=nowhere.jsonl"],
+            "model.init=pretrained needs model.path: a",
+        ),
+        (["model.init=rendom", "data.path=nowhere.jsonl"], "model.init must be one of auto, random, pretrained; got"),
         (["model.path=./nowhere"], "./nowhere: no such folder; model.path needs"),
         (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such checkpoint; ckpt_path is a file that a run wrote"),
         (["ckpt_path=docs"], "docs: a folder that is no sharded checkpoint; ckpt_path is a file such as"),
@@ -298,6 +304,22 @@ def test_wrong_data(content, percent, message, place, tmp_path):
             ["optimizer.betas=[0.9]"],
             "optimizer: it cannot be made with these settings (list index out of range); --cfg job --package optimizer",
         ),
+        (["tokenize.train_on_prompt=no"], "tokenize.train_on_prompt=no must be true or false"),
+        (["tokenize.train_on_prompt=off"], "tokenize.train_on_prompt=off must be true or false"),
+        (["tokenize.train_on_prompt=null"], "tokenize.train_on_prompt=None must be true or false"),
+        (["model.gradient_checkpointing=off"], "model.gradient_checkpointing=off must be true or false"),
+        (["attention.leak_check=foo"], "attention.leak_check=foo must be true or false"),
+        (["callbacks.packflex.leak_check=1"], "callbacks.packflex.leak_check=1 must be true or false"),
+        (["data=packed", "data.verify=no"], "data.verify=no must be true or false"),
+        (["+datamodule.pin_memory=yes"], "datamodule.pin_memory=yes must be true or false"),
+        (["optimizer=adamw_fused", "optimizer.fused=no"], "optimizer.fused=no must be true or false"),
+        (["trainer.use_distributed_sampler=no"], "trainer.use_distributed_sampler=no must be true or false"),
+        (["trainer.enable_model_summary=off"], "trainer.enable_model_summary=off must be true or false"),
+        (
+            ["trainer=fsdp", "trainer.strategy.save_distributed_checkpoint=no"],
+            "trainer.strategy.save_distributed_checkpoint=no must be true or false",
+        ),
+        (["debug=maybe"], "debug=maybe must be true or false"),
         (["callbacks.packflex=null"], "no PackFlexCallback among callbacks: without it the documents of a row see"),
         (["callbacks.checkpoint.monitor=val/los"], "ModelCheckpoint monitors val/los, which nobody logs;"),
         (["+optimizer.foo=1"], "optimizer.foo: torch.optim.adamw.AdamW takes no such option; it takes params, lr,"),
@@ -320,6 +342,16 @@ def test_wrong_settings(settings, message, place, tmp_path, monkeypatch):
     with pytest.raises(SetupError) as error:
         recipe.finetune(composed(tmp_path, *base, *settings))
     assert one_line_of(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize("loss", ["logits", "chunked"])
+def test_virtual_tokens_are_refused_before_the_data_is_read(place, tmp_path, kind, loss):
+    pytest.importorskip("peft")
+    settings = [f"peft._target_=peft.{kind}", "+peft.num_virtual_tokens=4", "+peft.task_type=CAUSAL_LM"]
+    config = composed(tmp_path, *small(place, *settings, f"module.loss={loss}", "data.path=nowhere.jsonl"))
+    with pytest.raises(SetupError, match=f"^{kind} puts virtual tokens before each input, .*; use peft=lora$"):
+        recipe.finetune(config)
 
 
 @pytest.mark.parametrize(
@@ -461,6 +493,15 @@ def test_a_metric_that_another_callback_does_not_log_is_one_line(place, tmp_path
         recipe.run_config(composed(tmp_path, *small(place, *others)))
     assert stopped.value.code == 2
     assert "error: Early stopping conditioned on metric `other` which is not available." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_ranks_that_are_copies_of_this_process_are_refused(place, tmp_path, strategy):
+    config = composed(tmp_path, *small(place, f"trainer.strategy={strategy}", "trainer.devices=2"))
+    with pytest.raises(
+        SetupError, match=f"^trainer.strategy={strategy} trains in copies of this process .*; use trainer.strategy=ddp$"
+    ):
+        recipe.finetune(config)
 
 
 def test_a_sweep_over_several_devices_is_refused(place, tmp_path):
@@ -786,6 +827,30 @@ def test_adapters_are_trained_saved_and_merged(place, tmp_path):
     assert torch.equal(merged.model.embed_tokens.weight, start.model.embed_tokens.weight), "frozen"
     assert composed(tmp_path, *small(place, "peft=lora")).optimizer.lr is None
     assert OmegaConf.load(tmp_path / "config.yaml").peft.r == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")  # of peft, as the adapter is loaded
+@pytest.mark.parametrize("wrapped", ["lm_head", "embed_tokens", None])
+def test_adapters_of_a_shared_embedding_are_saved_as_trained(place, tmp_path, caplog, wrapped):
+    peft = pytest.importorskip("peft")
+    base = build_model(place / "model").config.to_dict() | {"tie_word_embeddings": True}
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    start = build_model(architecture=base, tokenizer=tokenizer)
+    start.save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    targets = [f"peft.target_modules=[q_proj,{wrapped}]"] if wrapped else []
+    settings = [f"model.path={tmp_path}/tied", "peft=lora", "peft.r=4", "optimizer.lr=3e-2", *targets]
+    with caplog.at_level(logging.INFO, "finetune"):
+        recipe.finetune(composed(tmp_path, *small(place, *settings)))
+    trained = peft.PeftModel.from_pretrained(build_model(tmp_path / "tied"), tmp_path / "adapter").eval()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ids = torch.arange(5, 25)[None]
+    assert torch.allclose(saved(ids).logits, trained(ids).logits, atol=1e-4)
+    assert not torch.allclose(saved(ids).logits, start.eval()(ids).logits, atol=1e-2)
+    shared = saved.lm_head.weight is saved.model.embed_tokens.weight
+    assert shared is saved.config.tie_word_embeddings is (wrapped is None)
+    assert ("embedding and output share: model/ has one for each" in caplog.text) is not shared
 
 
 def test_the_saved_model_needs_no_packflex(place, tmp_path):

@@ -28,7 +28,7 @@ def output_head(model: nn.Module) -> OutputHead | str:
     Args:
         model: a transformers model, or one wrapped by peft.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner = _unwrapped(model)
     kind = getattr(getattr(inner, "config", None), "model_type", None)
     if kind not in _PLAIN_HEADS:
         known = ", ".join(sorted(_PLAIN_HEADS))
@@ -38,6 +38,18 @@ def output_head(model: nn.Module) -> OutputHead | str:
         return f"its output embedding carries adapters ({type(embedding).__module__}), which the loss would leave out"
     if type(embedding) is not nn.Linear:
         return f"its output embedding is a {type(embedding).__name__}, not a plain Linear layer"
-    if inner.config.get_text_config().to_dict().get("output_router_logits"):
-        return "output_router_logits=True adds a loss of its own to the model's"
     return OutputHead(inner.get_decoder(), embedding, getattr(inner.config, "final_logit_softcapping", None))
+
+
+def has_router_loss(model: nn.Module) -> bool:
+    """Whether a mixture of experts is asked for its routers' auxiliary loss, which is added to that of its logits."""
+    config: Any = getattr(_unwrapped(model), "config", None)
+    if not hasattr(config, "get_text_config"):
+        return False
+    settings = config.get_text_config().to_dict()
+    share = settings.get("router_aux_loss_coef", settings.get("aux_loss_coef"))
+    return bool(settings.get("output_router_logits")) and share != 0
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

@@ -407,6 +407,15 @@ def test_losses_that_cannot_be_had():
         CausalLMModule(adapted, SGD, loss="chunked")
 
 
+@pytest.mark.parametrize("loss", ["logits", "chunked"])
+def test_the_routers_auxiliary_loss_is_not_dropped_silently(loss):
+    with pytest.raises(ValueError, match=r"not trained on; set model\.architecture\.output_router_logits=false"):
+        CausalLMModule(family_model("gpt_oss", output_router_logits=True), SGD, loss=loss)
+    CausalLMModule(family_model("gpt_oss", output_router_logits=True, router_aux_loss_coef=0.0), SGD, loss=loss)
+    CausalLMModule(family_model("gpt_oss"), SGD, loss=loss)
+    CausalLMModule(torch.nn.Linear(2, 2), SGD)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradients_are_clipped_with_any_optimizer(tmp_path, precision, fused):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from packflex.integrations._output_head import OutputHead, output_head
+from packflex.integrations._output_head import OutputHead, has_router_loss, output_head
 from packflex.integrations.transformers import blind_models
 from packflex.losses import WEIGHTINGS, linear_next_token_loss, next_token_loss, token_weights
 
@@ -40,7 +40,8 @@ class CausalLMModule(L.LightningModule):
     the weighting) after validation.
 
     Raises:
-        ValueError: an unknown weighting or loss, or a model whose output head the loss cannot replace.
+        ValueError: an unknown weighting or loss, a model whose output head the loss cannot replace, or one that is
+            asked for its routers' auxiliary loss.
         ImportError: `loss="liger"` without liger-kernel. And in training and validation,
         ValueError: a batch with `packed` and a model whose attention does not read it, without `PackFlexCallback`.
             Families of transformers that are known to go by `position_ids` are taken where no cache is kept
@@ -60,6 +61,12 @@ class CausalLMModule(L.LightningModule):
             raise ValueError(f"loss_weighting must be one of {', '.join(WEIGHTINGS)}; got {loss_weighting!r}")
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
+        if has_router_loss(model):
+            raise ValueError(
+                "output_router_logits=True asks for the routers' auxiliary loss, which is no sum over tokens and would "
+                "depend on how documents are packed and accumulated, so it is not trained on; set "
+                "model.architecture.output_router_logits=false, or false in the config.json of model.path"
+            )
         self.model = model
         self.loss_weighting = loss_weighting
         self._linear_loss = _linear_loss(loss, loss_weighting)

@@ -14,6 +14,7 @@ from packflex.mods.nodes import INDICES, Builder, Node, Program
 
 LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2)
+_HUGE = 1e30  # scores of that size hide an element, whatever their unit
 _FAR = 1 << 30  # beyond every index, and far enough from overflow
 
 
@@ -221,7 +222,8 @@ def in_log2(program: Program, less: bool = False) -> Program | None:
         return builder.make(op, (first, second), program.out.dtype, where=program.out.where)
 
     score = builder.make("input", (), program.out.dtype, value="score")
-    scaled = [(sign, _times_log2_e(term, builder)) for sign, term in terms]
+    log2_e = builder.constant(LOG2_E, program.out.dtype)
+    scaled = [(sign, _times(term, log2_e, builder)) for sign, term in terms]
     if less:
         scaled.append((-1, builder.make("input", (), program.out.dtype, value="lse")))
     scaled.sort(key=lambda pair: -pair[0])
@@ -240,9 +242,8 @@ def in_product_units(program: Program) -> Program | None:
     """
     if program.grad_score is None or "score" in program.grad_score.deps or "score" not in program.out.deps:
         return None
-    builder = Builder()
     unit = Node("input", (), program.out.dtype, frozenset(), "unit")
-    out = _homogeneous(program.out, unit, builder)
+    out = _Homogeneous(unit).of(program.out)
     return None if out is None else dataclasses.replace(program, out=out)
 
 
@@ -275,33 +276,60 @@ def with_split_distances(program: Program, walked: str) -> Program:
     return dataclasses.replace(program, out=of(program.out), grad_score=grad)
 
 
-def _homogeneous(node: Node, unit: Node, builder: Builder) -> Node | None:
-    """`node` in units in which the score is a product; None where that is not the same function of the score."""
-    if node.op == "input" and node.value == "score":
-        return node
-    if "score" not in node.deps:
-        return _times(node, unit, builder)
-    of_score = ["score" in arg.deps for arg in node.args]
-    if node.op in ("add", "sub", "neg"):
-        changes = [True] * len(node.args)
-    elif node.op == "where" and not of_score[0]:
-        changes = [False, True, True]
-    elif (node.op == "mul" and sum(of_score) == 1) or (node.op in ("div", "div_exact") and not of_score[1]):
-        changes = of_score
-    else:
-        return None
-    args = [
-        _homogeneous(arg, unit, builder) if changed else arg for arg, changed in zip(node.args, changes, strict=True)
-    ]
-    made = [arg for arg in args if arg is not None]
-    return builder.make(node.op, made, node.dtype, node.value, node.where) if len(made) == len(args) else None
+class _Homogeneous:
+    """Nodes in units in which the score is a product; None for what is not the same function of the score there."""
+
+    def __init__(self, unit: Node) -> None:
+        self.unit = unit
+        self.builder = Builder()
+        self._made: dict[int, Node | None] = {}
+
+    def of(self, node: Node) -> Node | None:
+        if id(node) not in self._made:
+            self._made[id(node)] = self._make(node)
+        return self._made[id(node)]
+
+    def _make(self, node: Node) -> Node | None:
+        if node.op == "input" and node.value == "score":
+            return node
+        if "score" not in node.deps:
+            return _times(node, self.unit, self.builder)
+        of_score = ["score" in arg.deps for arg in node.args]
+        if node.op in ("add", "sub", "neg"):
+            changes = [True] * len(node.args)
+        elif node.op == "where" and not of_score[0]:
+            changes = [False, True, True]
+        elif (node.op == "mul" and sum(of_score) == 1) or (node.op in ("div", "div_exact") and not of_score[1]):
+            changes = of_score
+        else:
+            return None
+        args = [self.of(arg) if changed else arg for arg, changed in zip(node.args, changes, strict=True)]
+        made = [arg for arg in args if arg is not None]
+        return self.builder.make(node.op, made, node.dtype, node.value, node.where) if len(made) == len(args) else None
 
 
 def _times(node: Node, factor: Node, builder: Builder) -> Node:
-    """`node` times a number of the kernel's, with as little for each element of a tile as there can be."""
-    if node.is_full and node.op == "neg":
+    """`node` times a number of the kernel's, with as little for each element of a tile as there can be.
+
+    That number, a unit of scores, is some powers of two at most. A huge part for a row or column stays as it is: it may
+    stand for minus infinity and be times 0 for what is seen, where minus infinity times 0 is no number.
+    """
+    if node.op == "log":  # what is left of the factor is 1 where it is LOG2_E
+        node = builder.make("log2", node.args, node.dtype, where=node.where)
+        factor = builder.make("mul", (factor, builder.constant(_LN_2, node.dtype)), node.dtype)
+        if factor.op == "constant" and math.isclose(factor.value, 1.0, rel_tol=1e-12):
+            return node
+    if not node.is_full:
+        if node.op == "constant":
+            return builder.make("mul", (node, factor), node.dtype) if abs(node.value) < _HUGE else node
+        size = builder.make("abs", (node,), node.dtype)
+        huge = builder.make("gt", (size, builder.constant(_HUGE, node.dtype)), torch.bool)
+        rest = builder.make("where", (huge, builder.constant(0, node.dtype), node), node.dtype)
+        product = builder.make("mul", (rest, factor), node.dtype, where=node.where)
+        return builder.make("where", (huge, node, product), node.dtype)
+    if node.op == "neg":
         return builder.make("neg", (_times(node.args[0], factor, builder),), node.dtype, where=node.where)
-    if node.is_full and node.op == "mul" and not all(arg.is_full for arg in node.args):
+    if node.op == "mul" and not all(arg.is_full for arg in node.args):
         part, whole = node.args if node.args[1].is_full else node.args[::-1]
         if whole.op == "log":
             factor = builder.make("mul", (factor, builder.constant(_LN_2, node.dtype)), node.dtype)
@@ -322,17 +350,3 @@ def _added(node: Node) -> list[tuple[int, Node]] | None:
     if "score" in second.deps or (terms := _added(first)) is None:
         return None
     return [*terms, (1 if node.op == "add" else -1, second)]
-
-
-def _times_log2_e(node: Node, builder: Builder) -> Node:
-    if node.is_full and node.op == "mul":
-        first, second = node.args
-        if not second.is_full:
-            first, second = second, first
-        if not first.is_full:
-            return builder.make("mul", (_times_log2_e(first, builder), second), node.dtype, where=node.where)
-    if node.op == "log":
-        return builder.make("log2", node.args, node.dtype, where=node.where)
-    if node.is_full and node.op == "neg":
-        return builder.make("neg", (_times_log2_e(node.args[0], builder),), node.dtype, where=node.where)
-    return builder.make("mul", (node, builder.constant(LOG2_E, node.dtype)), node.dtype, where=node.where)

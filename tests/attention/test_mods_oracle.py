@@ -136,6 +136,30 @@ def test_rows_of_the_lowest_number_see_nothing(mod):
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
 
 
+LOWEST_OF_HEADS = torch.tensor([torch.finfo(torch.float32).min, -2e38])
+
+
+@pytest.mark.parametrize(
+    "mod",
+    [
+        lambda s, b, h, q, kv: s + (1.0 - (q >= kv).float()) * torch.finfo(torch.bfloat16).min,
+        lambda s, b, h, q, kv: s + (q < kv) * torch.finfo(torch.float32).min,
+        lambda s, b, h, q, kv: s - 3e38 * (q < kv),
+        lambda s, b, h, q, kv: s + (q < kv) * LOWEST_OF_HEADS[h],
+    ],
+)
+def test_a_mask_that_multiplies_the_lowest_number_hides_what_it_should(mod):
+    """What is seen gets the number times 0, which must not become minus infinity before."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 50, 16, generator=generator, requires_grad=True) for _ in range(3))
+    out = flex_attention(q, k, v, score_mod=mod, backend="triton")
+    mask = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 50, 50, "cpu", 16)
+    expected = flex_attention(q, k, v, block_mask=mask, backend="reference")
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    found, exact = (torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (out, expected))
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+
+
 def _reversed(counts, indices):
     """Index lists with the listed ones backwards, the others behind them as they are."""
     flipped = indices.clone()

@@ -149,6 +149,14 @@ HOMOGENEOUS = {
     "logarithm": lambda score, b, h, q, kv: score - 0.2 * torch.log1p((q - kv).abs().float()),
     "twice": lambda score, b, h, q, kv: score + score * 0.5,
 }
+LOWEST = {
+    "lowest times a mask": lambda score, b, h, q, kv: (
+        score + (1.0 - (q >= kv).float()) * torch.finfo(torch.bfloat16).min
+    ),
+    "lowest of a table": lambda score, b, h, q, kv: score + (q < kv) * (SLOPES[h] - 2.9e38),
+    "where": lambda score, b, h, q, kv: torch.where(q >= kv, score, torch.finfo(torch.float32).min),
+    "minus infinity": lambda score, b, h, q, kv: score + torch.where(q >= kv, 0.0, -torch.inf),
+}
 
 
 def _values(lifted, roots, **more):
@@ -182,13 +190,37 @@ def test_other_mods_take_scores(mod):
     assert in_product_units(lift(mod, "score", torch.device("cpu")).program) is None
 
 
+@pytest.mark.parametrize("name", LOWEST)
+def test_the_lowest_numbers_hide_in_other_units_too(name):
+    lifted = lift(LOWEST[name], "score", torch.device("cpu"))
+    product = torch.randn(Q_LEN, KV_LEN + 9)
+    (score,) = _values(lifted, [lifted.program.out], score=product * 0.0883)
+    inputs = _inputs("kv")
+    seen = inputs["q"] >= inputs["kv"].clamp(max=KV_LEN - 1)
+    for program, given, unit in (
+        (in_product_units(lifted.program), product, 0.0883),
+        (in_log2(lifted.program), product * 0.0883 * LOG2_E, 1 / LOG2_E),
+    ):
+        if program is None:  # a selection adds to no score
+            assert name == "where"
+            continue
+        (found,) = _values(lifted, [program.out], score=given, unit=torch.tensor(1 / unit))
+        torch.testing.assert_close((found * unit)[seen], score[seen])
+        assert (found[~seen] < -1e37).all()
+
+
 @pytest.mark.parametrize("walked", ["q", "kv"])
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", HOMOGENEOUS)
-def test_distances_of_two_parts_are_the_same(name, walked):
+def test_distances_of_two_parts_are_the_same(name, heads, walked):
+    """Parts as the Hopper kernels make them of a block's columns, `heads` for each index."""
     lifted = lift(HOMOGENEOUS[name], "score", torch.device("cpu"))
     split = with_split_distances(lifted.program, walked)
     index = torch.arange(Q_LEN)[:, None] if walked == "q" else torch.arange(KV_LEN + 9).clamp(max=KV_LEN - 1)[None]
-    parts = {"near": (index // 8 * 8).float(), "far": (index % 8).float()}
+    length = 64 // heads
+    start, column = index // length * length, index % length * heads
+    parts = {"near": (start + (column & 6) // heads).float(), "far": ((column & ~6) // heads).float()}
+    assert torch.equal(parts["near"] + parts["far"], index.float())
     score = torch.randn(Q_LEN, KV_LEN + 9)
     (expected,) = _values(lifted, [lifted.program.out], score=score)
     (found,) = _values(lifted, [split.out], score=score, **parts)

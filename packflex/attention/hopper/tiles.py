@@ -1,7 +1,7 @@
 """Tiles of the Hopper kernels: frozen records chosen by pure functions of head dim, group and the layout's statistics.
 
-No tile of the tables spills in a loop over unmasked blocks or serialises wgmma, but for a few reloads in the backward
-at head dim 128 (`scripts/aot_check_hopper.py`). They are the fastest over the attention workloads on an H200
+No tile of the tables serialises wgmma, and none spills in a loop over unmasked blocks but the backward's at head dim
+128, by 7 to 15 reloads (`scripts/aot_check_hopper.py`). They are the fastest over the attention workloads on an H200
 (`scripts/tune_tiles.py --backend hopper`, Triton 3.6.0, 2026-11-23, and docs/log.md, 2026-11-26); those of a softcap
 have not been timed. K and V in registers (`held`) leave none for dK and dV at head dim 128.
 """

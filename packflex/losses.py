@@ -163,7 +163,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_weight is not None:
                     if share is not None and largest is not None:
                         inputs = (inputs * (share / largest)[:, None]).to(hidden.dtype)
-                    grad_weight += (gradient.T @ inputs).float()
+                    inputs, unit = _in_units(inputs)
+                    grad_weight += (gradient.T @ inputs).float() * unit
         if grad_weight is not None and largest is not None:
             grad_weight *= largest
         grads = (grad_hidden, grad_weight, grad_bias)
@@ -182,6 +183,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for each, factor, dtype in zip(saved, factors, ctx.dtypes, strict=True)
         ]
         return *grads, None, None, None, None
+
+
+def _in_units(inputs: Tensor) -> tuple[Tensor, Tensor | float]:
+    """fp16 inputs over a power of two, and that: small enough that a sum over all, each at most once, stays finite."""
+    if inputs.dtype != torch.float16:
+        return inputs, 1.0
+    largest = inputs.abs().amax().float() * len(inputs)
+    unit = torch.exp2(torch.log2(largest / 2**15).clamp(min=0).ceil())
+    return (inputs / unit).to(torch.float16), unit
 
 
 def _chunk(

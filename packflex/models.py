@@ -96,12 +96,21 @@ def check_adapters(config: Any) -> None:
         config: a `peft.PeftConfig`.
 
     Raises:
-        SetupError: virtual tokens (prompt and prefix tuning, p-tuning), which belong before each document.
+        SetupError: virtual tokens (prompt and prefix tuning, p-tuning), which belong before each document, or adapters
+            that do not become part of the model's weights.
     """
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
     if config.is_prompt_learning:
         raise SetupError(
             f"{type(config).__name__} puts virtual tokens before each input, and a packed row would have them before "
             "its first document alone; use peft=lora"
+        )
+    kind = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    if not hasattr(kind, "merge_and_unload") or getattr(config, "alora_invocation_tokens", None):
+        raise SetupError(
+            f"{type(config).__name__} makes adapters that cannot be merged into the model that a run saves; "
+            "use peft=lora"
         )
 
 
@@ -143,6 +152,9 @@ def merge_adapters(model: Any) -> tuple[PreTrainedModel, bool]:
 
     Returns:
         The model without adapters, and whether weights that were shared no longer are.
+
+    Raises:
+        SetupError: adapters that peft cannot merge.
     """
     inner = model.get_base_model()
     shared = _shared_and_adapted(inner)
@@ -155,7 +167,12 @@ def merge_adapters(model: Any) -> tuple[PreTrainedModel, bool]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model with .tie_word_embeddings=True. and the", UserWarning)
         warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied", UserWarning)
-        merged = model.merge_and_unload()
+        try:
+            merged = model.merge_and_unload()
+        except (ValueError, RuntimeError, AttributeError, TypeError) as error:  # NotImplementedError among them
+            raise SetupError(
+                f"peft cannot merge these adapters, which are saved, into the model: {one_line(error)}"
+            ) from error
     differing = False
     for (first, of), *others in shared:
         weight = getattr(first, of)

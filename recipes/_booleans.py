@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,34 +26,41 @@ def check_booleans(config: DictConfig) -> None:
     Raises:
         SetupError: with the setting.
     """
-    declared = _declared_booleans(OmegaConf.to_container(config, resolve=False))
+    declared = _declared_booleans(OmegaConf.to_container(config, resolve=False), config)
     for name, nullable in (*((name, False) for name in _READ_HERE), *declared):
         value = OmegaConf.select(config, name)
+        if isinstance(value, DictConfig) and "_target_" in value:  # Hydra makes the value
+            continue
         if not isinstance(value, bool) and not (nullable and value is None):
             raise SetupError(f"{name}={value} must be true or false")
 
 
-def _declared_booleans(node: Any, name: str = "") -> Iterator[tuple[str, bool]]:
-    """Names below `node` that their `_target_` declares as `bool`, and whether they may be null."""
+def _declared_booleans(node: Any, config: DictConfig, name: str = "") -> Iterator[tuple[str, bool]]:
+    """Names below `node`, which `config` has at `name`, that a `_target_` declares as `bool`; whether null is one."""
     if isinstance(node, Mapping):
-        kinds = _parameter_kinds(node.get("_target_"))
+        target = f"{name}._target_" if name else "_target_"
+        kinds = _parameter_kinds(OmegaConf.select(config, target)) if "_target_" in node else {}
         for key, value in node.items():
             path = f"{name}.{key}" if name else str(key)
             kind = kinds.get(str(key), "")
             if kind == "bool" or kind in _OPTIONAL:
                 yield path, kind in _OPTIONAL
-            yield from _declared_booleans(value, path)
+            yield from _declared_booleans(value, config, path)
     elif isinstance(node, Sequence) and not isinstance(node, str):
         for index, value in enumerate(node):
-            yield from _declared_booleans(value, f"{name}.{index}")
+            yield from _declared_booleans(value, config, f"{name}.{index}")
 
 
 def _parameter_kinds(target: Any) -> dict[str, str]:
     """Annotations of what a `_target_` takes; none where it cannot be had, which Hydra says when it builds it."""
     if not isinstance(target, str):
         return {}
+    announced = logging.getLogger("hydra.utils")
+    was, announced.disabled = announced.disabled, True  # it logs what it raises
     try:
         parameters = inspect.signature(get_object(target)).parameters.values()
     except (HydraException, ImportError, TypeError, ValueError):
         return {}
+    finally:
+        announced.disabled = was
     return {each.name: inspect.formatannotation(each.annotation).strip("'\"") for each in parameters}

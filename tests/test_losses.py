@@ -107,6 +107,26 @@ def test_fp16_is_as_exact_as_by_logits(weighting, lengths):
         assert error < theirs_error + 5e-4, f"{error:.1e} for {theirs_error:.1e} by logits"
 
 
+@pytest.mark.parametrize("share", [None, 1 / 256])
+def test_sums_over_tokens_stay_finite_in_fp16(share):
+    """Where hidden states have one dimension of large values and many tokens have one target."""
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 8192, 16)
+    hidden[..., 3] = 60
+    labels = torch.randint(0, 64, (1, 8192))
+    labels[0, torch.rand(8192) < 0.3] = 7
+    weights = None if share is None else torch.full((1, 8192), share)
+    weight = 0.02 * torch.randn(64, 16)
+    exact, half = (weight.clone().requires_grad_() for _ in range(2))
+    total = next_token_loss(hidden @ exact.T, labels, weights)[0] / 8192
+    (expected,) = torch.autograd.grad(total, exact)
+    with torch.autocast("cpu", torch.float16):
+        total = linear_next_token_loss(hidden, half, labels, weights)[0] / 8192
+    (found,) = torch.autograd.grad(total, half)
+    assert found.isfinite().all()
+    assert ((found - expected).norm() / expected.norm()) < 3e-3
+
+
 def test_a_scale_beyond_fp16_is_no_infinite_gradient():
     hidden, weight, labels = batch(dtype=torch.float32)
     hidden, weight = hidden.detach().half().requires_grad_(), weight.detach().half()

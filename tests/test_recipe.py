@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import finetune as recipe  # noqa: E402
+from _booleans import check_booleans  # noqa: E402
 from _checkpoints import changed_settings, check_checkpoint  # noqa: E402
 from _data import load_splits, prepare  # noqa: E402
 from _errors import one_line_of  # noqa: E402
@@ -352,6 +353,31 @@ def test_virtual_tokens_are_refused_before_the_data_is_read(place, tmp_path, kin
     config = composed(tmp_path, *small(place, *settings, f"module.loss={loss}", "data.path=nowhere.jsonl"))
     with pytest.raises(SetupError, match=f"^{kind} puts virtual tokens before each input, .*; use peft=lora$"):
         recipe.finetune(config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["peft._target_=peft.AdaptionPromptConfig", "+peft.adapter_len=4", "+peft.adapter_layers=1"],
+        ["peft._target_=peft.LoraConfig", "+peft.alora_invocation_tokens=[5]"],
+    ],
+    ids=["adaption prompt", "activated LoRA"],
+)
+def test_adapters_that_no_model_can_be_made_of_are_refused_before_the_data_is_read(place, tmp_path, settings):
+    pytest.importorskip("peft")
+    config = composed(tmp_path, *small(place, *settings, "+peft.task_type=CAUSAL_LM", "data.path=nowhere.jsonl"))
+    with pytest.raises(SetupError, match=r"^\w+Config makes adapters that cannot be merged into the model"):
+        recipe.finetune(config)
+
+
+def test_settings_of_a_target_that_another_setting_names_are_checked_too(place, tmp_path, caplog):
+    settings = ["optimizer._target_=${kind}", "+kind=torch.optim.AdamW"]
+    with pytest.raises(SetupError, match=r"^optimizer\.amsgrad=no must be true or false$"):
+        recipe.finetune(composed(tmp_path, *small(place), *settings, "+optimizer.amsgrad=no"))
+    made = "+optimizer.amsgrad={_target_: builtins.bool, _args_: [0]}"
+    check_booleans(composed(tmp_path, *small(place), *settings, made))
+    check_booleans(composed(tmp_path, *small(place), "optimizer._target_=torch.optim.AdamV"))  # told by who makes it
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

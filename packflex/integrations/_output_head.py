@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +44,15 @@ def output_head(model: nn.Module) -> OutputHead | str:
 
 def has_router_loss(model: nn.Module) -> bool:
     """Whether a mixture of experts is asked for its routers' auxiliary loss, which is added to that of its logits."""
-    config: Any = getattr(_unwrapped(model), "config", None)
+    inner = _unwrapped(model)
+    config: Any = getattr(inner, "config", None)
     if not hasattr(config, "get_text_config"):
         return False
     settings = config.get_text_config().to_dict()
-    share = settings.get("router_aux_loss_coef", settings.get("aux_loss_coef"))
-    return bool(settings.get("output_router_logits")) and share != 0
+    share = getattr(inner, "router_aux_loss_coef", settings.get("router_aux_loss_coef"))
+    # other mixtures, and dense models, have the switch too, and add nothing
+    adds = hasattr(sys.modules.get(type(inner).__module__), "load_balancing_loss_func")
+    return adds and bool(settings.get("output_router_logits")) and share != 0
 
 
 def _unwrapped(model: nn.Module) -> Any:

@@ -416,6 +416,18 @@ def test_the_routers_auxiliary_loss_is_not_dropped_silently(loss):
     CausalLMModule(torch.nn.Linear(2, 2), SGD)
 
 
+def test_a_switch_for_router_logits_that_adds_no_loss_is_taken():
+    from transformers import AutoModelForCausalLM, Glm4MoeConfig
+
+    config = Glm4MoeConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        first_k_dense_replace=0, output_router_logits=True,
+    )  # fmt: skip
+    CausalLMModule(AutoModelForCausalLM.from_config(config), SGD)
+    CausalLMModule(family_model("llama", output_router_logits=True), SGD)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradients_are_clipped_with_any_optimizer(tmp_path, precision, fused):

@@ -65,7 +65,7 @@ class CausalLMModule(L.LightningModule):
             raise ValueError(
                 "output_router_logits=True asks for the routers' auxiliary loss, which is no sum over tokens and would "
                 "depend on how documents are packed and accumulated, so it is not trained on; set "
-                "model.architecture.output_router_logits=false, or false in the config.json of model.path"
+                "model.architecture.output_router_logits=false, or false in the config.json of a local model.path"
             )
         self.model = model
         self.loss_weighting = loss_weighting

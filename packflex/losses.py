@@ -147,7 +147,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wants_bias else None
-        largest = None if weights is None else weights.amax().clamp(min=torch.finfo(weights.dtype).tiny)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(targets), chunk):
                 at = slice(start, start + chunk)
@@ -161,12 +160,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[at] = gradient @ weight
                 if grad_weight is not None:
-                    if share is not None and largest is not None:
-                        inputs = (inputs * (share / largest)[:, None]).to(hidden.dtype)
-                    inputs, unit = _in_units(inputs)
+                    inputs, unit = _in_units(inputs if share is None else inputs * share[:, None], hidden.dtype)
                     grad_weight += (gradient.T @ inputs).float() * unit
-        if grad_weight is not None and largest is not None:
-            grad_weight *= largest
         grads = (grad_hidden, grad_weight, grad_bias)
         ctx.save_for_backward(weights, *grads)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -185,13 +180,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _in_units(inputs: Tensor) -> tuple[Tensor, Tensor | float]:
-    """fp16 inputs over a power of two, and that: small enough that a sum over all, each at most once, stays finite."""
-    if inputs.dtype != torch.float16:
-        return inputs, 1.0
+def _in_units(inputs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """Inputs in a dtype, in fp16 over a power of two, and that: a sum over all, each at most once, is then in range."""
+    if dtype != torch.float16:
+        return inputs.to(dtype), 1.0
     largest = inputs.abs().amax().float() * len(inputs)
-    unit = torch.exp2(torch.log2(largest / 2**15).clamp(min=0).ceil())
-    return (inputs / unit).to(torch.float16), unit
+    unit = torch.exp2(torch.log2(largest / 2**15).clamp(min=-100).ceil())  # not 0 where all are
+    return (inputs.float() / unit).to(dtype), unit
 
 
 def _chunk(

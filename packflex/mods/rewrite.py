@@ -64,8 +64,7 @@ class _ForTiles:
             else:
                 args = tuple(map(self.of, node.args))
                 found = self._congruence(node, args) or self._remainder(node)
-                same = all(a is b for a, b in zip(args, node.args, strict=True))
-                made = found or (node if same else dataclasses.replace(node, args=args))
+                made = found or _with_args(node, args)
             self._new[id(node)] = made
         return self._new[id(node)]
 
@@ -200,6 +199,12 @@ def _conjuncts(node: Node) -> Iterator[Node]:
 _MIRRORED = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge"}
 
 
+def _with_args(node: Node, args: tuple[Node, ...]) -> Node:
+    """The node of other args that depend on the same; itself where they are its own."""
+    same = all(a is b for a, b in zip(args, node.args, strict=True))
+    return node if same else dataclasses.replace(node, args=args)
+
+
 def _is_index(node: Node) -> bool:
     return node.op == "input" and node.value in INDICES
 
@@ -268,8 +273,7 @@ def with_split_distances(program: Program, walked: str) -> Program:
                     "add" if first is near else "sub", (part, far), node.dtype, where=node.where
                 )
             else:
-                same = all(a is b for a, b in zip(args, node.args, strict=True))
-                made[id(node)] = node if same else builder.make(node.op, args, node.dtype, node.value, node.where)
+                made[id(node)] = _with_args(node, args)
         return made[id(node)]
 
     grad = None if program.grad_score is None else of(program.grad_score)
@@ -314,11 +318,9 @@ def _times(node: Node, factor: Node, builder: Builder) -> Node:
     That number, a unit of scores, is some powers of two at most. A huge part for a row or column stays as it is: it may
     stand for minus infinity and be times 0 for what is seen, where minus infinity times 0 is no number.
     """
-    if node.op == "log":  # what is left of the factor is 1 where it is LOG2_E
-        node = builder.make("log2", node.args, node.dtype, where=node.where)
-        factor = builder.make("mul", (factor, builder.constant(_LN_2, node.dtype)), node.dtype)
-        if factor.op == "constant" and math.isclose(factor.value, 1.0, rel_tol=1e-12):
-            return node
+    node, factor = _to_base_2(node, factor, builder)
+    if factor.op == "constant" and math.isclose(factor.value, 1.0, rel_tol=1e-12):
+        return node
     if not node.is_full:
         if node.op == "constant":
             return builder.make("mul", (node, factor), node.dtype) if abs(node.value) < _HUGE else node
@@ -331,11 +333,17 @@ def _times(node: Node, factor: Node, builder: Builder) -> Node:
         return builder.make("neg", (_times(node.args[0], factor, builder),), node.dtype, where=node.where)
     if node.op == "mul" and not all(arg.is_full for arg in node.args):
         part, whole = node.args if node.args[1].is_full else node.args[::-1]
-        if whole.op == "log":
-            factor = builder.make("mul", (factor, builder.constant(_LN_2, node.dtype)), node.dtype)
-            whole = builder.make("log2", whole.args, node.dtype, where=whole.where)
+        whole, factor = _to_base_2(whole, factor, builder)
         return builder.make("mul", (_times(part, factor, builder), whole), node.dtype, where=node.where)
     return builder.make("mul", (node, factor), node.dtype, where=node.where)
+
+
+def _to_base_2(node: Node, factor: Node, builder: Builder) -> tuple[Node, Node]:
+    """A logarithm as one of base 2, and the factor times what that takes from it; others as they are."""
+    if node.op != "log":
+        return node, factor
+    factor = builder.make("mul", (factor, builder.constant(_LN_2, node.dtype)), node.dtype)
+    return builder.make("log2", node.args, node.dtype, where=node.where), factor
 
 
 def _added(node: Node) -> list[tuple[int, Node]] | None:

@@ -29,7 +29,7 @@ def output_head(model: nn.Module) -> OutputHead | str:
     Args:
         model: a transformers model, or one wrapped by peft.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     kind = getattr(getattr(inner, "config", None), "model_type", None)
     if kind not in _PLAIN_HEADS:
         known = ", ".join(sorted(_PLAIN_HEADS))
@@ -44,7 +44,7 @@ def output_head(model: nn.Module) -> OutputHead | str:
 
 def has_router_loss(model: nn.Module) -> bool:
     """Whether a mixture of experts is asked for its routers' auxiliary loss, which is added to that of its logits."""
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     config: Any = getattr(inner, "config", None)
     if not hasattr(config, "get_text_config"):
         return False
@@ -55,5 +55,6 @@ def has_router_loss(model: nn.Module) -> bool:
     return adds and bool(settings.get("output_router_logits")) and share != 0
 
 
-def _unwrapped(model: nn.Module) -> Any:
+def unwrapped(model: nn.Module) -> Any:
+    """The transformers model of one that peft has wrapped; any other as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

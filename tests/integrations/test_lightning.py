@@ -232,7 +232,7 @@ def test_families_that_go_by_positions_are_taken_without_a_cache(family, attenti
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL), attn_implementation="eager").eval()
     if attention == "sdpa" and not model._supports_sdpa:
-        pytest.skip("has none")
+        pytest.skip(f"transformers has no SDPA for {family}")
     model.set_attn_implementation(attention)
     assert sees_others(model), "what is refused is wrong"
     assert refuses(model)

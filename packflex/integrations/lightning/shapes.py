@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from packflex.integrations._output_head import unwrapped
 from packflex.metrics import AttentionShape, matmul_flops
 
 
@@ -42,7 +43,7 @@ def token_cost(model: Any) -> float:
     Args:
         model: a transformers model, or one wrapped by peft.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     shape = attention_shape(inner)
     if shape is None:
         return 0.0

@@ -26,6 +26,9 @@ honoured.
   `generate` can continue from;
 - the choice of a backend belongs to the model.
 
+And on every call of a compiled model, packed or not: cosines and sines of positions are computed once, and not again in
+each layer's kernels.
+
 In mixtures of experts the routers' auxiliary loss (`output_router_logits=True`) counts the tokens of a padded tail, as
 it does without packflex when there is no `attention_mask`.
 """
@@ -45,6 +48,7 @@ from transformers.masking_utils import sdpa_mask
 from packflex.attention import flex_attention
 from packflex.attention.api import BACKENDS
 from packflex.integrations._ordinary import ordinary_attention
+from packflex.integrations._rotary import keep_rotary_tables
 from packflex.integrations._supported import check_supported
 from packflex.layout import PackedLayout, is_on
 from packflex.masks import document_mask
@@ -75,9 +79,9 @@ def enable_packflex(model: nn.Module, backend: str | None = None) -> None:
     """Make every transformers model inside `model` attend through packflex.
 
     Sets the attention implementation and registers one forward pre-hook on the body of each model (`LlamaModel`
-    inside `LlamaForCausalLM`), which acts only when a call carries `packed`. Calling it again changes the backend and
-    registers nothing twice. Call it before `torch.compile`, and on any module that holds the model: a LightningModule,
-    a PEFT wrapper.
+    inside `LlamaForCausalLM`), which acts only when a call carries `packed`, and a forward hook on its rotary
+    embeddings, which acts only in compiled code. Calling it again changes the backend and registers nothing twice.
+    Call it before `torch.compile`, and on any module that holds the model: a LightningModule, a PEFT wrapper.
 
     Args:
         model: a transformers causal language model, or a module that contains one or more.
@@ -111,6 +115,7 @@ def enable_packflex(model: nn.Module, backend: str | None = None) -> None:
                 f"{type(one).__name__} kept attn_implementation={one.config._attn_implementation!r}: it does not hand "
                 "its attention to transformers' AttentionInterface"
             )
+        keep_rotary_tables(one)
         for body in _bodies(one):
             hooks = [hook for hook in body._forward_pre_hooks.values() if isinstance(hook, _PackedCall)]
             if hooks:

@@ -68,12 +68,12 @@ def test_units_of_a_section_fit_the_budget():
 @pytest.mark.parametrize("rows", [16, 48, 128])
 @pytest.mark.parametrize("of_keys", [False, True])
 def test_work_order_is_a_permutation_by_falling_work(rows, of_keys):
-    from packflex.attention.hopper.order import HEADER, work_order
+    from packflex.attention.hopper.order import HEADER, WorkOrder
 
     layout = PackedLayout.from_lengths([[300, 1, 63, 111], [20] * 20, []], 500).to(DEVICE)
     mask = document_mask(layout, window=200)
     intervals = mask.q_intervals if of_keys else mask.kv_intervals
-    plan = work_order(intervals, rows, 64, tuple(range(9))).cpu()
+    plan = WorkOrder(intervals.shape, intervals.stride(), rows, 64, tuple(range(9)))(intervals).cpu()
     assert plan[:9].tolist() == list(range(9))
     lo, hi = intervals.cpu()
     for b, records in enumerate(plan[HEADER.value :].view(3, -1, 4)):

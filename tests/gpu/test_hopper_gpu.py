@@ -378,11 +378,11 @@ def test_cuda_graph_replays_with_new_documents():
 
 @pytest.mark.parametrize("rows", [1, 16, 32, 48, 128])
 def test_work_order_is_a_permutation_by_falling_work(rows):
-    from packflex.attention.hopper.order import HEADER, work_order
+    from packflex.attention.hopper.order import HEADER, WorkOrder
 
     layout = PackedLayout.from_lengths(lognormal_rows(2, 3, 5000), 5100).to("cuda")
     intervals = document_mask(layout).kv_intervals
-    plan = work_order(intervals, rows, 64, tuple(range(9))).cpu()
+    plan = WorkOrder(intervals.shape, intervals.stride(), rows, 64, tuple(range(9)))(intervals).cpu()
     assert plan[:9].tolist() == list(range(9))
     records = plan[HEADER.value :].view(3, -1, 4)
     lo, hi = intervals.cpu()

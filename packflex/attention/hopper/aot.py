@@ -17,14 +17,9 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from packflex.attention.hopper.backward import _hopper_bwd_kernel
+from packflex.attention.hopper.cases import backward_boxes, backward_constants, forward_constants, launch_options
+from packflex.attention.hopper.descriptors import box_layout
 from packflex.attention.hopper.forward import _hopper_fwd_kernel
-from packflex.attention.hopper.launch import (
-    backward_boxes,
-    backward_constants,
-    box_layout,
-    forward_constants,
-    launch_options,
-)
 from packflex.attention.hopper.mods import BoundMod, bound_mod
 from packflex.attention.hopper.order import _work_order_kernel
 from packflex.attention.hopper.tiles import ROWS, BackwardTile, ForwardTile
@@ -81,7 +76,7 @@ def compile_forward(
     keys = descriptor_type([1, tile.block_n, 1, head_dim], dtype)
     signature = {"q_desc": rows, "o_desc": rows, "k_desc": keys, "v_desc": keys}
     mod, types = _lifted(score_mod)
-    constants = forward_constants(tile, head_dim, group, softcap, sinks, mod)
+    constants = forward_constants(tile, head_dim, group, softcap, sinks, mod.functions if mod else None)
     return _compile(_hopper_fwd_kernel, signature | types, constants, launch_options(tile), gluon=True)
 
 
@@ -115,7 +110,7 @@ def compile_backward(
         for name, (block, swizzle) in backward_boxes(tile, head_dim, group).items()
     }
     signature |= {"GRAD_K": f"*{TYPE_NAMES[dtype]}", "GRAD_V": f"*{TYPE_NAMES[dtype]}"}
-    constants = backward_constants(tile, head_dim, group, softcap, mod)
+    constants = backward_constants(tile, head_dim, group, softcap, mod.functions if mod else None)
     report = _compile(_hopper_bwd_kernel, signature | types, constants, launch_options(tile), gluon=True)
     return replace(report, allowed=16 if mod is None else 88)
 

@@ -485,7 +485,7 @@ def _hopper_bwd_kernel(
     in boxes [1, 64, 1, D]; lse (base 2) and delta fp32 [copies, STRIDE_COPY] in boxes [64], rows of a subgroup of heads
     side by side, as `prepare` writes them; the sums of dQ / scale fp32 [SUMS_BEFORE + rows as those, D] in boxes
     [64, COLUMNS]. GRAD_K, GRAD_V are the gradients again, dense, for tiles that must not write whole boxes. Q_LO, Q_HI
-    int32 [B, KV_LEN] and KV_HI [B, S]; PLAN as `order.work_order` of keys by queries, with the sizes of `order` before
+    int32 [B, KV_LEN] and KV_HI [B, S]; PLAN as `order.WorkOrder` of keys by queries, with the sizes of `order` before
     it.
     """
     PART: gl.constexpr = 64 // HEADS

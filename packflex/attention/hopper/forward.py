@@ -343,7 +343,7 @@ def _hopper_fwd_kernel(
     """As many programs as work items, or persistent ones, which get the next as `deal` says.
 
     Descriptors: q, out [B, S, Hq, D] in boxes [1, 64 // HEADS, HEADS, D]; k, v [B, KV_LEN, Hkv, D] in boxes
-    [1, BLOCK_N, 1, D]. LSE fp32 [B, Hq, S]; KV_LO, KV_HI int32 [B, S]; PLAN as `order.work_order`.
+    [1, BLOCK_N, 1, D]. LSE fp32 [B, Hq, S]; KV_LO, KV_HI int32 [B, S]; PLAN as `order.WorkOrder`.
     """
     PART: gl.constexpr = 64 // HEADS
     q_s = gl.allocate_shared_memory(q_desc.dtype, [Q_STAGES * CONSUMERS, 1, PART, HEADS, D], q_desc.layout)

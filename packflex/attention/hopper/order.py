@@ -13,11 +13,11 @@ Rows of 8 tokens, all one causal document of 6, tiles of 2 rows and blocks of 2 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from packflex.attention.hopper.fixed import FixedLaunch
 from packflex.integers import ceil_div
 
 RECORD = 4
@@ -88,23 +88,41 @@ def tiles_of(length: int, rows: int) -> int:
     return ceil_div(length, rows)
 
 
-def work_order(intervals: Tensor, rows: int, columns: int, sizes: tuple[int, ...] = (0,) * 9) -> Tensor:
-    """A plan: int32 [HEADER + B * T * 4], sizes, then records of every tile, in each batch row by falling blocks.
+class WorkOrder:
+    """Makes plans for intervals int32 [2, B, S] of one shape and strides, with a contiguous last axis.
 
-    Args:
-        intervals: int32 [2, B, S] with a contiguous last axis: first column and end of the columns of each row.
-        rows: rows of a tile (positions, for queries).
-        columns: columns of a block.
-        sizes: total, tiles, section, kv_heads, q_len, kv_len and three strides, for kernels that read the header.
+    The intervals hold first column and end of the columns of each row. A plan is int32 [HEADER + B * T * 4]: sizes,
+    then records of every tile, in each batch row by falling blocks.
     """
-    _, batch, length = intervals.shape
-    tiles = tiles_of(length, rows)
-    plan = torch.empty(HEADER.value + batch * tiles * RECORD, dtype=torch.int32, device=intervals.device)
-    _work_order_kernel[(ceil_div(tiles, _TILES), batch)](
-        intervals, plan, intervals.stride(0), intervals.stride(1), tiles, length, *sizes,
-        ROWS=rows, COLUMNS=columns, TILES=_TILES, num_warps=4,
-    )  # fmt: skip
-    return plan
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        rows: int,
+        columns: int,
+        sizes: tuple[int, ...] = (0,) * 9,
+    ) -> None:
+        """
+        Args:
+            shape: of the intervals.
+            strides: of the intervals.
+            rows: rows of a tile (positions, for queries).
+            columns: columns of a block.
+            sizes: total, tiles, section, kv_heads, q_len, kv_len and three strides, for kernels that read the header.
+        """
+        _, batch, length = shape
+        tiles = tiles_of(length, rows)
+        self.length = HEADER.value + batch * tiles * RECORD
+        self.sizes = (strides[0], strides[1], tiles, length, *sizes)
+        constants = {"ROWS": rows, "COLUMNS": columns, "TILES": _TILES}
+        self.launch = FixedLaunch(_work_order_kernel, (ceil_div(tiles, _TILES), batch, 1), constants, num_warps=4)
+
+    def __call__(self, intervals: Tensor) -> Tensor:
+        """The plan of these intervals."""
+        plan = intervals.new_empty(self.length)
+        self.launch(intervals, plan, *self.sizes)
+        return plan
 
 
 def units_per_section(kv_heads: int, kv_len: int, head_dim: int, group_tiles: int, budget: int = 16 << 20) -> int:

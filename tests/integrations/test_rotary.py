@@ -1,0 +1,78 @@
+"""Tables of cosines and sines in compiled models: made once, whatever the number of layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+from packflex import PackedLayout
+from packflex.integrations._rotary import _keep
+from packflex.integrations.transformers import enable_packflex
+from packflex.testing.families import FAMILIES, VOCAB, tiny_model
+
+LAYOUT = PackedLayout.from_lengths([[9, 14, 1, 8], [20, 11]], seq_len=36)
+IDS = torch.randint(3, VOCAB, (2, 36), generator=torch.Generator().manual_seed(1))
+
+
+def rotary_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_keeps_its_tables(family: str) -> None:
+    model = tiny_model(family)
+    enable_packflex(model)
+    enable_packflex(model)
+    hooked = rotary_modules(model)
+    assert hooked
+    assert all(list(m._forward_hooks.values()).count(_keep) == 1 for m in hooked)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        expected = model(IDS, packed=LAYOUT).logits
+        torch._dynamo.reset()
+        found = torch.compile(model, backend=keep_graph)(IDS, packed=LAYOUT).logits
+    torch.testing.assert_close(found, expected)
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    kept = [node for node in nodes if "kept_table" in str(node.target)]
+    cosines = [node for node in nodes if node.target in ("cos", torch.cos)]
+    assert cosines
+    assert len(kept) == 2 * len(cosines), "cosines and sines of each table"
+
+
+def sines_in_compiled_code(keep: bool) -> int:
+    """Of a model of three layers, forward and backward."""
+    model = tiny_model("llama", num_hidden_layers=3).train()
+    enable_packflex(model)
+    if not keep:
+        for module in rotary_modules(model):
+            module._forward_hooks.clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    codes = run_and_get_code(lambda: compiled(IDS, labels=IDS, packed=LAYOUT).loss.backward())[1]
+    return sum(code.count(".sin()") for code in codes)
+
+
+def test_sines_are_computed_once() -> None:
+    assert sines_in_compiled_code(keep=True) == 1
+    assert sines_in_compiled_code(keep=False) > 3, "what this is for: the compiler computes them in every layer"
+
+
+def test_other_embeddings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = (torch.ones(2), torch.ones(2, requires_grad=True))
+    module = torch.nn.Identity()
+    assert _keep(module, (), tables) is tables, "eager"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert _keep(module, (), tables) is tables, "one that learns"
+    assert _keep(module, (), tables[0]) is tables[0]
+    plain = (torch.ones(2), torch.zeros(2))
+    kept = _keep(module, (), plain)
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(kept, plain, strict=True))

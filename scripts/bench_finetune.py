@@ -79,11 +79,15 @@ MODES = {
     "flex": Mode("rows", "flex_attention", what="packed, HF flex_attention"),
     "flash_attention_2": Mode("flat", "flash_attention_2", what="packed, HF FlashAttention 2"),
     "varlen": Mode("flat", "bench_varlen", what="packed, torch varlen_attn"),
+    "varlen_compiled": Mode("flat", "bench_varlen", compiled=True, what="packed, torch varlen_attn, model compiled"),
     "sdpa_packed": Mode("rows", "sdpa", what="packed, SDPA with a 4-D mask"),
     "sdpa_padded": Mode("padded", "sdpa", what="padded, SDPA, small micro-batches"),
     "sdpa_padded_full": Mode("padded", "sdpa", fill=True, what="padded, SDPA, full micro-batches"),
     "sdpa_padded_grouped": Mode(
         "padded", "sdpa", fill=True, grouped=True, what="padded, SDPA, full micro-batches of like lengths"
+    ),
+    "sdpa_padded_grouped_compiled": Mode(
+        "padded", "sdpa", compiled=True, fill=True, grouped=True, what="padded, SDPA, like lengths, model compiled"
     ),
 }
 
@@ -106,30 +110,37 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 # Models
 
 
-def varlen_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """torch's varlen_attn as an attention implementation of transformers, for one row of documents."""
+def register_varlen() -> None:
+    """Make torch's varlen_attn the attention implementation "bench_varlen" of transformers."""
     from torch.nn.attention.varlen import varlen_attn
 
     names = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"scale": scaling} if "scale" in names else {}
-    options |= {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
-    if "enable_gqa" in names:
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
+    takes_scale, takes_groups = "scale" in names, "enable_gqa" in names
+    if takes_groups:
         options["enable_gqa"] = True
-    else:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    bounds, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
-    return out[None], None
+
+    def varlen_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """For one row of documents."""
+        if not takes_groups:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        bounds, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+        more = {**options, "scale": scaling} if takes_scale else options
+        out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **more)
+        return out[None], None
+
+    AttentionInterface.register("bench_varlen", varlen_attention)
+    AttentionMaskInterface.register("bench_varlen", lambda **kwargs: None)
 
 
 def check_available(mode: Mode, device: torch.device) -> None:
@@ -144,8 +155,7 @@ def check_available(mode: Mode, device: torch.device) -> None:
 def build_model(mode: Mode, arguments: argparse.Namespace, device: torch.device) -> Any:
     config = LlamaConfig(**MODELS[arguments.model], max_position_embeddings=arguments.tokens, tie_word_embeddings=True)
     if mode.attention == "bench_varlen":
-        AttentionInterface.register("bench_varlen", varlen_attention)
-        AttentionMaskInterface.register("bench_varlen", lambda **kwargs: None)
+        register_varlen()
     torch.manual_seed(arguments.seed)
     model = AutoModelForCausalLM.from_config(config).to(device, getattr(torch, arguments.dtype)).train()
     if mode.attention == "packflex":

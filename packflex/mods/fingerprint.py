@@ -88,6 +88,11 @@ class Fingerprint:
         kind = type(value)
         if kind in _EXACT:
             return (kind, value)
+        if kind is types.FunctionType or kind is tuple:  # most of what is met: before the many kinds that follow
+            place = self._place(value)
+            if place is not None:
+                return place
+            return self._function(value) if kind is types.FunctionType else ("tuple", len(value), *self._all(value))
         if isinstance(value, _PLAIN):
             text = repr(value) if isinstance(value, float | complex | np.generic) else str(value)
             if kind.__module__ == "builtins" or _is_library(kind.__module__):
@@ -95,18 +100,15 @@ class Fingerprint:
             return (kind, text, self._class_of_object(kind), *self._named(getattr(value, "__dict__", {})))
         if isinstance(value, torch.nn.Module) and (name is None or _Bare(name) in self._names):
             self._found.add(kind)
-        if id(value) in self._seen:
-            return ("again", self._seen[id(value)])
-        self._seen[id(value)] = len(self._seen)
-        self._alive.append(value)
+        place = self._place(value)
+        if place is not None:
+            return place
         if isinstance(value, Tensor):
             self.tensors.append(value)
             return (
                 "tensor", value.dtype, tuple(value.shape), value.stride(), value.device, value.requires_grad,
                 kind, getattr(value, "packflex_documents", None) is not None, *self._named(value.__dict__),
             )  # fmt: skip
-        if isinstance(value, types.FunctionType):
-            return self._function(value)
         if isinstance(value, types.MethodType):
             by = None if _hands_on_its_object(value.__func__) else ""
             return ("method", self._walk(value.__func__), self._walk(value.__self__, by))
@@ -121,7 +123,7 @@ class Fingerprint:
         if isinstance(value, tuple | list | dict):
             inner = [x for pair in value.items() for x in pair] if isinstance(value, dict) else value
             own: tuple[Any, ...] = ()
-            if kind not in (tuple, list, dict, torch.Size):  # a named tuple has no attributes but its elements
+            if kind not in (list, dict, torch.Size):  # a named tuple has no attributes but its elements
                 own = (self._object(value) if hasattr(value, "__dict__") else self._class_of_object(kind),)
             return (kind.__name__, len(value), *self._all(inner), *own)
         if kind is range or (kind in (set, frozenset) and all(type(x) in _EXACT for x in value)):
@@ -141,6 +143,15 @@ class Fingerprint:
         if isinstance(value, _BY_IDENTITY) or kind.__module__.startswith("torch._ops"):
             return self._identity(value)
         return self._object(value)
+
+    def _place(self, value: Any) -> Any:
+        """The key of a value that the walk has met before; None for a new one, which it has now."""
+        place = self._seen.get(id(value))
+        if place is not None:
+            return ("again", place)
+        self._seen[id(value)] = len(self._seen)
+        self._alive.append(value)
+        return None
 
     def _all(self, values: Iterable[Any]) -> list[Any]:
         return [self._walk(value) for value in values]
@@ -170,14 +181,14 @@ class Fingerprint:
             # such as torch's and_masks of the user's masks
             cells = [cell.cell_contents if _filled(cell) else None for cell in function.__closure__]
             return ("library function", code, *self._all(cells))
-        names = _names(code)
-        if names & _BY_OTHER_WAYS:
-            raise UnknownValueError(f"{function.__qualname__} finds values by {', '.join(names & _BY_OTHER_WAYS)}")
-        if _imports(code):
+        facts = _facts(code)
+        if facts.other_ways:
+            raise UnknownValueError(f"{function.__qualname__} finds values by {facts.other_ways}")
+        if facts.imports:
             raise UnknownValueError(f"{function.__qualname__} imports")
-        self._found |= names | _bare_names(code)
+        self._found |= facts.found
         cells = [cell.cell_contents if _filled(cell) else None for cell in function.__closure__ or ()]
-        used = [name for name in _names_in_order(code) if name in function.__globals__]
+        used = [name for name in facts.in_order if name in function.__globals__]
         reached = [
             *self._all((function.__defaults__, function.__kwdefaults__)),
             *self._by_names(code.co_freevars, cells),
@@ -278,9 +289,19 @@ def _names(code: types.CodeType) -> frozenset[str]:
     return frozenset(names)
 
 
+class _Facts(typing.NamedTuple):
+    """What is looked at of a function's code at each walk; the hash of a code object takes as long as all of it."""
+
+    found: frozenset[Any]  # its names, and the bare ones
+    in_order: list[str]
+    other_ways: str
+    imports: bool
+
+
 @functools.lru_cache(maxsize=4096)
-def _names_in_order(code: types.CodeType) -> list[str]:
-    return sorted(_names(code))
+def _facts(code: types.CodeType) -> _Facts:
+    names = _names(code)
+    return _Facts(names | _bare_names(code), sorted(names), ", ".join(names & _BY_OTHER_WAYS), _imports(code))
 
 
 @functools.lru_cache(maxsize=4096)

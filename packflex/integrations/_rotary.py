@@ -3,6 +3,10 @@
 A packed row's positions restart in each document, so a model makes its tables of cosines and sines anew in each step,
 `[B, S, D]`. torch.compile does not keep them: it puts the cosine and the sine of each element into the kernels of every
 layer that rotates queries or keys, forward and backward.
+
+Modules named `...RotaryEmbedding` that return `(cos, sin)` are seen to, as nearly all of transformers' families have
+them; those that return one complex tensor (DeepSeek-V2, Llama 4) stay as they are. So do exported programs, which must
+load where packflex is not installed.
 """
 
 from __future__ import annotations
@@ -32,9 +36,11 @@ def keep_rotary_tables(model: nn.Module) -> None:
 
 
 def _keep(module: nn.Module, args: tuple[Any, ...], tables: Any) -> Any:
-    """Forward hook: of `(cos, sin)`, which learn nothing. What else an embedding may return stays as it is."""
-    if not torch.compiler.is_compiling() or not isinstance(tables, tuple):
+    """Forward hook, for `(cos, sin)` of several tokens, which learn nothing; what else is returned stays as it is."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not isinstance(tables, tuple):
         return tables
     if not all(isinstance(table, Tensor) and not table.requires_grad for table in tables):
+        return tables
+    if any(table.dim() < 2 or table.shape[-2] == 1 for table in tables):  # generation: cheaper anew than an op's call
         return tables
     return tuple(kept_table(table) for table in tables)

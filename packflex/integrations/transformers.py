@@ -26,8 +26,8 @@ honoured.
   `generate` can continue from;
 - the choice of a backend belongs to the model.
 
-And on every call of a compiled model, packed or not: cosines and sines of positions are computed once, and not again in
-each layer's kernels.
+And on every call of a compiled model, packed or not: the cosines and sines that a rotary embedding returns are computed
+once, and not again in each layer's kernels.
 
 In mixtures of experts the routers' auxiliary loss (`output_router_logits=True`) counts the tokens of a padded tail, as
 it does without packflex when there is no `attention_mask`.

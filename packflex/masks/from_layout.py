@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -58,10 +59,12 @@ def document_mask(
     key = (causal, window)
     if prefixes is None and key in layout._block_masks:
         return layout._block_masks[key]
-    intervals = document_intervals(
-        layout.cu_seqlens, layout.row_offsets, prefixes, layout.seq_len, causal, 0 if window is None else window
-    )
-    mask = BlockMask.from_intervals(intervals[:2], intervals[2:], long_spans=_long_spans(layout, causal, window))
+    # remembered for training too, where it is asked for in inference mode
+    with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+        intervals = document_intervals(
+            layout.cu_seqlens, layout.row_offsets, prefixes, layout.seq_len, causal, 0 if window is None else window
+        )
+        mask = BlockMask.from_intervals(intervals[:2], intervals[2:], long_spans=_long_spans(layout, causal, window))
     # A compiled graph must not keep its own tensors in a cache that outlives it.
     if prefixes is None and not torch.compiler.is_compiling():
         layout._block_masks[key] = mask

@@ -67,12 +67,24 @@ def test_sines_are_computed_once() -> None:
 
 
 def test_other_embeddings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = (torch.ones(2), torch.ones(2, requires_grad=True))
+    tables = (torch.ones(2, 4), torch.ones(2, 4, requires_grad=True))
     module = torch.nn.Identity()
-    assert _keep(module, (), tables) is tables, "eager"
+    plain = (torch.ones(2, 4), torch.zeros(2, 4))
+    assert _keep(module, (), plain) is plain, "eager"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert _keep(module, (), tables) is tables, "one that learns"
     assert _keep(module, (), tables[0]) is tables[0]
-    plain = (torch.ones(2), torch.zeros(2))
+    one_token = (torch.ones(1, 4), torch.zeros(1, 4))
+    assert _keep(module, (), one_token) is one_token
     kept = _keep(module, (), plain)
     assert all(torch.equal(a, b) and a is not b for a, b in zip(kept, plain, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:While compiling")  # of transformers' own collector of outputs
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_need_no_packflex(strict: bool) -> None:
+    model = tiny_model("llama")
+    enable_packflex(model)
+    exported = torch.export.export(model, (IDS,), {"use_cache": False}, strict=strict)
+    assert "packflex" not in str(exported.graph)
+    torch.testing.assert_close(exported.module()(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)

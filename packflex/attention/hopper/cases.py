@@ -46,6 +46,7 @@ class ForwardCase:
         k_strides: Ints,
         v_strides: Ints,
         intervals_strides: Ints,
+        intervals_dtype: torch.dtype,
         sinks_dtype: torch.dtype | None,
         softcap: bool,
         tiles: Ints,
@@ -91,13 +92,17 @@ class BackwardCase:
         grad_lse_strides: Ints | None,
         q_intervals_strides: Ints,
         kv_intervals_strides: Ints,
+        dtypes: tuple[torch.dtype, ...],
         alignment: Ints,
         softcap: bool,
         tiles: Ints,
         long_spans: bool,
         functions: ModFunctions | None,
     ) -> None:
-        """`alignment`: what is left of the addresses of out, lse and grad_lse by 16, on which Triton specialises."""
+        """`dtypes`: of grad_out, out, lse, grad_lse and the intervals.
+
+        `alignment`: what is left of the addresses of out, lse and grad_lse by 16. Triton specialises on both.
+        """
         batch, heads, q_len, head_dim = q_shape
         kv_heads, kv_len = k_shape[1], k_shape[2]
         group = heads // kv_heads
@@ -113,7 +118,7 @@ class BackwardCase:
 
         boxes = backward_boxes(tile, head_dim, group)
         self.q = bhsd_view(q_shape, q_strides, dtype, *boxes["q_desc"])
-        self.grad_out = bhsd_view(q_shape, grad_out_strides, dtype, *boxes["do_desc"])
+        self.grad_out = bhsd_view(q_shape, grad_out_strides, dtypes[0], *boxes["do_desc"])
         self.k = bhsd_view(k_shape, k_strides, dtype, *boxes["k_desc"])
         self.v = bhsd_view(k_shape, v_strides, dtype, *boxes["v_desc"])
         self.grad_k = dense_bhsd_view(k_shape, dtype, *boxes["gk_desc"])

@@ -35,7 +35,7 @@ def launch_forward(
         kv_intervals = kv_intervals.contiguous()
     case = forward_case(
         q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), kv_intervals.stride(),
-        None if sinks is None else sinks.dtype, softcap > 0, tuple(tile_list), long_spans,
+        kv_intervals.dtype, None if sinks is None else sinks.dtype, softcap > 0, tuple(tile_list), long_spans,
         mod.functions if mod else None,
     )  # fmt: skip
     out = new_bshd(q)
@@ -76,6 +76,7 @@ def launch_backward(
     case = backward_case(
         q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), out.stride(), grad_out.stride(),
         None if grad_lse is None else grad_lse.stride(), q_intervals.stride(), kv_intervals.stride(),
+        (grad_out.dtype, out.dtype, lse.dtype, given_lse.dtype, q_intervals.dtype, kv_intervals.dtype),
         (out.data_ptr() % 16, lse.data_ptr() % 16, given_lse.data_ptr() % 16), softcap > 0, tuple(tile_list),
         long_spans, mod.functions if mod else None,
     )  # fmt: skip

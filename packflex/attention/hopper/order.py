@@ -13,6 +13,7 @@ Rows of 8 tokens, all one causal document of 6, tiles of 2 rows and blocks of 2 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -120,7 +121,7 @@ class WorkOrder:
 
     def __call__(self, intervals: Tensor) -> Tensor:
         """The plan of these intervals."""
-        plan = intervals.new_empty(self.length)
+        plan = torch.empty(self.length, dtype=torch.int32, device=intervals.device)
         self.launch(intervals, plan, *self.sizes)
         return plan
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask as torch_create_block_mask
 
-from packflex import BlockMask, PackedLayout, create_block_mask, document_mask, masks
+from packflex import BlockMask, PackedLayout, create_block_mask, document_mask, flex_attention, masks
 from packflex.masks.intervals import document_intervals
 from packflex.testing.oracle import dense_document_mask
 
@@ -126,6 +126,16 @@ def test_ranges_are_the_four_integers_of_a_tile():
     assert mask.kv_ranges[0, 0].tolist() == [[0, 1, 1, 1], [0, 0, 1, 2], [0, 0, 2, 3], [0, 0, 3, 4], [0, 0, 4, 5]]
     assert mask.q_ranges[0, 0].tolist() == [[0, 1, 5, 5], [1, 2, 5, 5], [2, 3, 5, 5], [3, 4, 5, 5], [4, 5, 5, 5]]
     assert mask.sparsity() == pytest.approx(100 * 10 / 25)
+
+
+def test_a_mask_of_inference_mode_serves_training():
+    layout = PackedLayout.from_lengths([[3, 4]], 8)
+    with torch.inference_mode():
+        remembered = document_mask(layout)
+    q = torch.randn(1, 1, 8, 16, requires_grad=True)
+    assert document_mask(layout) is remembered
+    flex_attention(q, q, q, block_mask=document_mask(layout)).sum().backward()
+    assert q.grad is not None
 
 
 def test_masks_are_remembered_on_the_layout():

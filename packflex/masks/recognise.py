@@ -139,6 +139,8 @@ def interval_formula(key: str, numbers: tuple[float | int, ...], documents: tupl
         documents: slots of captured tensors that are a layout's document ids.
     """
     out = PROGRAMS[key].out
+    if out.op == "constant" and out.value:
+        return Formula()
     if not out.deps or "h" in out.deps:
         return None
     try:

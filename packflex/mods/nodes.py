@@ -74,6 +74,9 @@ class Scalar:
         return magic - (1 << 32) if magic >= 1 << 31 else magic
 
 
+_OPPOSITE = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
+
+
 class Builder:
     """Makes nodes, each only once, and folds what is constant."""
 
@@ -86,6 +89,8 @@ class Builder:
         args = tuple(args)
         if op in _FOLDABLE and args and all(arg.op == "constant" for arg in args):
             return self.constant(_folded(op, [arg.value for arg in args], dtype), dtype)
+        if dtype == torch.bool and (simpler := self._simpler(op, args)) is not None:
+            return simpler
         key = (op, tuple(map(id, args)), dtype, value)
         if key not in self._made:
             deps = frozenset[str]().union(*(arg.deps for arg in args)) if args else frozenset[str]()
@@ -93,6 +98,24 @@ class Builder:
                 deps = frozenset([value])
             self._made[key] = Node(op, args, dtype, deps, value, where)
         return self._made[key]
+
+    def _simpler(self, op: str, args: tuple[Node, ...]) -> Node | None:
+        """A truth without what decides nothing: torch's `and_masks` begins with True, `where(x, True, False)` is x."""
+        if op in ("and", "or") and any(arg.dtype != torch.bool for arg in args):
+            return None
+        if op in ("and", "or"):
+            for one, other in (args, args[::-1]):
+                if one.op == "constant":
+                    return other if one.value == (op == "and") else one
+        if op == "not" and args[0].op == "constant":
+            return self.constant(not args[0].value, torch.bool)
+        if op == "not" and args[0].op == "not" and args[0].args[0].dtype == torch.bool:
+            return args[0].args[0]
+        if op == "not" and args[0].op in _OPPOSITE and not any(arg.is_float for arg in args[0].args):
+            return self.make(_OPPOSITE[args[0].op], args[0].args, torch.bool, where=args[0].where)
+        if op == "where" and all(arg.op == "constant" for arg in args[1:]) and args[1].value != args[2].value:
+            return args[0] if args[1].value else self.make("not", args[:1], torch.bool)
+        return None
 
     def constant(self, value: float | int | bool, dtype: torch.dtype) -> Node:
         """A number that is part of the kernel."""
@@ -172,7 +195,10 @@ class CapturedGradient:
     @property
     def place(self) -> str:
         """Where it is summed first: over each query's keys ("rows"), each key's queries ("columns"), or in a "tile"."""
-        return "rows" if "kv" not in self.deps else "tile" if "q" in self.deps else "columns"
+        varies = self.deps
+        if "score" in varies or {"q", "kv"} <= varies:  # a score is another one for each query and key
+            return "tile"
+        return "columns" if "kv" in varies else "rows"
 
 
 @dataclass(frozen=True)

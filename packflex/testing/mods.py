@@ -225,6 +225,18 @@ def _index_through_index(m):
     )
 
 
+@_case("index-by-score-and-key")
+def _index_by_score_and_key(m):
+    table = m.floats(m.kv_len, 2)
+    return Mods(lambda score, b, h, q, kv: score + table[kv, (score > 0.25).int()], masks.causal, {"table": table})
+
+
+@_case("index-by-score", heads=4)
+def _index_by_score(m):
+    table = m.floats(m.heads + 1)
+    return Mods(lambda score, b, h, q, kv: score + table[(score > 0.25).int() + h], None, {"table": table})
+
+
 @_case("index-arithmetic", heads=4)
 def _index_arithmetic(m):
     table = m.floats(m.heads, 16)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as torch_flex
 
 from packflex import PackedLayout, create_block_mask, document_mask, masks
 from packflex.masks.interval_kernel import launch_intervals
@@ -35,6 +36,11 @@ INTERVALS = {
     "document prefix": masks.and_masks(DOCUMENT, masks.prefix_lm(PREFIX)),
     "late": lambda b, h, q, k: (k >= 5) & (k <= q),
     "no key at all": lambda b, h, q, k: (k > q) & (k < q),
+    "torch's noop_mask": torch_flex.noop_mask,
+    "torch's and_masks": torch_flex.and_masks(masks.causal, masks.sliding_window(5), DOCUMENT),
+    "torch's or_masks": torch_flex.or_masks(masks.causal, lambda b, h, q, k: k < 5),
+    "negated": lambda b, h, q, k: ~(q < k) & ~~(q - k < 9),
+    "chosen": lambda b, h, q, k: torch.where(q < k, False, True) & torch.where(q - k < 9, True, False),
 }
 LISTS = {
     "dilated": masks.dilated_window(3, 4),
@@ -45,7 +51,7 @@ LISTS = {
     "changed ids": None,
     "of float": lambda b, h, q, k: q.float() >= k.float(),
     "either side": lambda b, h, q, k: (k <= q) | (k > 30),
-    "constant": lambda b, h, q, k: True,
+    "nothing": lambda b, h, q, k: False,
 }
 
 

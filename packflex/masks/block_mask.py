@@ -10,6 +10,7 @@ from torch import Tensor
 
 from packflex.layout import is_on
 from packflex.masks.intervals import tile_ranges, visited_tiles
+from packflex.mods.errors import name_of
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 DEFAULT_BLOCK_SIZE = 128
@@ -45,6 +46,7 @@ class BlockMask:
         q_intervals: int32 [2, B, KV_LEN]: for each key the first query that sees it and the end of those. None in
             list form.
         ragged: whether wholly visible tiles of the lists may reach past the lengths, as another library's may.
+        listed: in list form, whether the lists were given, so that they may hide or show what `mask_mod` does not.
         long_spans: a hint for the choice of tiles: whether the average query sees a thousand keys or more. A host
             bool, so that choosing asks no device and a compiled model has two graphs at most.
     """
@@ -56,6 +58,7 @@ class BlockMask:
     q_intervals: Tensor | None
     long_spans: bool
     ragged: bool
+    listed: bool
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class BlockMask:
         long_spans: bool = False,
         ragged: bool = False,
         heads: int = 1,
+        listed: bool = False,
     ) -> None:
         """Take the parts of one form; use `from_intervals`, `from_kv_blocks` or `from_torch`."""
         self.seq_lengths = seq_lengths
@@ -79,6 +83,7 @@ class BlockMask:
         self._known_kv_lists = kv_lists
         self.long_spans = long_spans
         self.ragged = ragged
+        self.listed = listed
         self._known_q_lists = q_lists
         self._heads = heads
 
@@ -141,7 +146,7 @@ class BlockMask:
                 f"[B, H, {rows}, at most {columns}]; got {tuple(shape)} and {tuple(kv_indices.shape)}"
             )
         ragged = any(length % size for length, size in zip(seq_lengths, tile, strict=True))
-        return BlockMask(seq_lengths, tile, mask_mod, kv_lists=lists, ragged=ragged)
+        return BlockMask(seq_lengths, tile, mask_mod, kv_lists=lists, ragged=ragged, listed=True)
 
     @staticmethod
     def from_torch(block_mask: Any) -> BlockMask:
@@ -174,8 +179,14 @@ class BlockMask:
 
     @property
     def element_mod(self) -> MaskMod:
-        """The mask of single elements, of any row of a batch also where the mask is one for all."""
-        return self.mask_mod if self.kv_intervals is None else _interval_mod(self.kv_intervals)
+        """The mask of single elements, of any row of a batch also where the mask is one for all.
+
+        Under given lists an element is seen in a tile that is listed as wholly visible, and where `mask_mod` shows it
+        in one that is listed as partly visible.
+        """
+        if self.kv_intervals is not None:
+            return _interval_mod(self.kv_intervals)
+        return _listed_mod(self.mask_mod, *self._tiles, self.BLOCK_SIZE) if self.listed else self.mask_mod
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -352,6 +363,20 @@ def _interval_mod(kv_intervals: Tensor) -> MaskMod:
         return (kv_idx >= lo[b, q_idx]) & (kv_idx < hi[b, q_idx])
 
     return interval_mask
+
+
+def _listed_mod(mask_mod: MaskMod, partial: Tensor, full: Tensor, tile: tuple[int, int]) -> MaskMod:
+    """The mask of single elements under lists, whose tiles of one row or head hold for all."""
+    kinds = torch.where(full, 2, partial.to(torch.int32)).to(torch.int32)
+    rows, columns = tile
+    of_row, of_head = (n > 1 for n in kinds.shape[:2])
+
+    def listed_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        kind = kinds[b if of_row else 0, h if of_head else 0, q_idx // rows, kv_idx // columns]
+        return (kind == 2) | ((kind == 1) & mask_mod(b, h, q_idx, kv_idx))
+
+    listed_mask.packflex_name = name_of(mask_mod)  # type: ignore[attr-defined]
+    return listed_mask
 
 
 def lists_of_tiles(partial: Tensor, full: Tensor) -> BlockLists:

@@ -4,9 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import AuxRequest
+from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
 
 from packflex import BlockMask, create_block_mask, flex_attention, masks
-from packflex.testing.mod_case import SMALL_TILES, check_mod_case, run_mod_case
+from packflex.masks.block_mask import lists_of_tiles
+from packflex.testing.mod_case import SMALL_TILES, check_mod_case, index_grids, modified_attention, run_mod_case
 from packflex.testing.mods import mod_cases
 from packflex.testing.tolerances import relative_error
 
@@ -108,6 +111,64 @@ def test_blocks_may_be_listed_in_any_order(score_mod):
     for found in results[1:]:
         for ours, exact in zip(found, results[0], strict=True):
             assert relative_error(ours, exact) < 3e-6
+
+
+LISTED = {
+    "none": (None, False),
+    "shows-more": (masks.sliding_window(70), False),
+    "reads": (lambda b, h, q, kv: EVEN[kv], False),
+    "hides-whole-tiles": (masks.dilated_window(9, 2), True),
+}
+EVEN = torch.arange(90) % 2 == 0
+
+
+@pytest.mark.parametrize("score_mod", [None, "learned"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", LISTED)
+def test_lists_say_what_is_seen_whatever_the_mask_mod_shows(name, batch, score_mod):
+    """torch's block masks made of lists alone: in a partly visible tile its mask_mod decides, in no other tile."""
+    q_len, kv_len, tile = 75, 90, 32
+    generator = torch.Generator().manual_seed(0)
+    mask_mod, whole = LISTED[name]
+    chosen = torch.rand(batch, 4, 3, 3, generator=generator)
+    partial, full = chosen < 0.4, (chosen > 0.8) & whole
+    partial[:, :, 1], full[:, :, 1] = False, False  # queries that see nothing
+    lists = lists_of_tiles(partial, full)
+    mask = TorchBlockMask.from_kv_blocks(
+        *(lists if whole else lists[:2]), BLOCK_SIZE=tile, mask_mod=mask_mod, seq_lengths=(q_len, kv_len)
+    )
+    grids = index_grids((batch, 4, q_len, kv_len))
+    seen = torch.ones((), dtype=torch.bool) if mask_mod is None else mask_mod(*grids)
+    partial, full = (x.repeat_interleave(tile, 2).repeat_interleave(tile, 3)[:, :, :q_len, :kv_len]
+                     for x in (partial, full))  # fmt: skip
+    seen = full | (partial & seen)
+    assert (seen != (True if mask_mod is None else mask_mod(*grids))).any()
+
+    bias = torch.randn(4, kv_len, generator=generator).requires_grad_()
+    inputs = [torch.randn(2, heads, n, 16, generator=generator).requires_grad_()
+              for heads, n in ((4, q_len), (2, kv_len), (2, kv_len))]  # fmt: skip
+    leaves = [*inputs, bias] if score_mod else inputs
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    exact_mod = (lambda s, b, h, q, kv: s + exact[3][h, kv]) if score_mod else None
+    seen = seen.expand(2, 4, q_len, kv_len)
+    out, _ = modified_attention(*exact[:3], seen, exact_mod, None, None)
+    scores = exact[0] @ exact[1].repeat_interleave(2, 1).mT / 4 + (exact[3][:, None] if score_mod else 0)
+    top = scores.masked_fill(~seen, -torch.inf).amax(-1)
+    expected = [out.detach(), top.detach(), *torch.autograd.grad((out * out).sum(), exact)]
+    mod = (lambda s, b, h, q, kv: s + bias[h, kv]) if score_mod else None
+    for backend in ("reference", "triton", None):
+        out, aux = flex_attention(
+            *inputs, score_mod=mod, block_mask=mask, enable_gqa=True, backend=backend,
+            return_aux=AuxRequest(max_scores=True), kernel_options=SMALL_TILES if backend == "triton" else None,
+        )  # fmt: skip
+        found = [out.detach(), aux.max_scores, *torch.autograd.grad((out * out).sum(), leaves)]
+        assert torch.equal(found[1].isfinite(), expected[1].isfinite())
+        for ours, theirs in zip(found, expected, strict=True):
+            assert relative_error(*(x.nan_to_num(neginf=0) for x in (ours, theirs))) < 5e-6
+    if batch == 1:
+        together = torch.compile(flex_attention, backend="aot_eager")
+        out = together(*inputs, score_mod=mod, block_mask=mask, enable_gqa=True, backend="reference")
+        assert relative_error(out.detach(), expected[0]) < 5e-6
 
 
 LOWEST = torch.finfo(torch.float32).min

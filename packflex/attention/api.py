@@ -76,7 +76,7 @@ def flex_attention(
         differentiable.
 
     Raises:
-        ValueError: shapes, mask lengths or head counts that disagree.
+        ValueError: shapes, mask lengths or head counts that disagree; `return_lse` together with `return_aux`.
         TypeError: mixed or unsupported dtypes, a `block_mask` that is none.
         NotImplementedError: what the backend cannot do, with one that can.
         packflex.mods.errors.ModError: a ValueError; a mod that cannot become a kernel, with its line and the remedy.
@@ -86,6 +86,8 @@ def flex_attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) if x.is_floating_point() else x for x in (query, key, value))
+    if return_lse and return_aux is not None:
+        raise ValueError("return_lse and return_aux cannot both be given; ask for return_aux=AuxRequest(lse=True)")
     _check_tensors(query, key, value, sinks, enable_gqa)
     mask = _as_block_mask(block_mask, query, key)
     if softcap is not None and not softcap > 0:
@@ -210,6 +212,13 @@ def _as_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> BlockMask | N
         raise ValueError(
             f"block_mask is for (B, H, Q_LEN, KV_LEN) = {block_mask.shape}, query and key are for {wanted}: "
             "build the mask from the layout of this batch"
+        )
+    rows, needed = block_mask.listed_rows, -(-lengths[0] // block_mask.BLOCK_SIZE[0])
+    if rows is not None and rows != needed:
+        raise ValueError(
+            f"block_mask lists {rows} tiles of queries where {lengths[0]} queries in tiles of "
+            f"{block_mask.BLOCK_SIZE[0]} need {needed}: of a sliced mask set seq_lengths, as in "
+            "mask.seq_lengths = (query.shape[2], key.shape[2])"
         )
     if block_mask.device != query.device:
         raise ValueError(f"query is on {query.device} and block_mask on {block_mask.device}: move the layout first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,7 +47,6 @@ class BlockMask:
         q_intervals: int32 [2, B, KV_LEN]: for each key the first query that sees it and the end of those. None in
             list form.
         ragged: whether wholly visible tiles of the lists may reach past the lengths, as another library's may.
-        listed: in list form, whether the lists were given, so that they may hide or show what `mask_mod` does not.
         long_spans: a hint for the choice of tiles: whether the average query sees a thousand keys or more. A host
             bool, so that choosing asks no device and a compiled model has two graphs at most.
     """
@@ -58,7 +58,6 @@ class BlockMask:
     q_intervals: Tensor | None
     long_spans: bool
     ragged: bool
-    listed: bool
 
     def __init__(
         self,
@@ -74,7 +73,10 @@ class BlockMask:
         heads: int = 1,
         listed: bool = False,
     ) -> None:
-        """Take the parts of one form; use `from_intervals`, `from_kv_blocks` or `from_torch`."""
+        """Take the parts of one form; use `from_intervals`, `from_kv_blocks` or `from_torch`.
+
+        `listed` says that the lists were given, and may hide or show what `mask_mod` does not.
+        """
         self.seq_lengths = seq_lengths
         self.BLOCK_SIZE = BLOCK_SIZE
         self.mask_mod = mask_mod
@@ -83,7 +85,7 @@ class BlockMask:
         self._known_kv_lists = kv_lists
         self.long_spans = long_spans
         self.ragged = ragged
-        self.listed = listed
+        self._lists_follow = None if listed else mask_mod
         self._known_q_lists = q_lists
         self._heads = heads
 
@@ -122,18 +124,26 @@ class BlockMask:
     def from_kv_blocks(
         kv_num_blocks: Tensor,
         kv_indices: Tensor,
-        full_kv_num_blocks: Tensor | None,
-        full_kv_indices: Tensor | None,
-        BLOCK_SIZE: int | tuple[int, int],
-        mask_mod: MaskMod,
-        seq_lengths: tuple[int, int],
+        full_kv_num_blocks: Tensor | None = None,
+        full_kv_indices: Tensor | None = None,
+        BLOCK_SIZE: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
+        mask_mod: MaskMod | None = None,
+        seq_lengths: tuple[int, int] | None = None,
     ) -> BlockMask:
         """Mask from torch's index lists; see `BlockLists` for the shapes.
+
+        Without a `mask_mod` listed tiles are seen whole; without lengths they are those of `kv_indices`' tiles.
 
         Raises:
             ValueError: lists whose shapes disagree with one another or with the lengths.
         """
         tile = _tile_pair(BLOCK_SIZE)
+        if mask_mod is None:
+            from torch.nn.attention.flex_attention import noop_mask
+
+            mask_mod = noop_mask
+        if seq_lengths is None:
+            seq_lengths = (kv_indices.shape[-2] * tile[0], kv_indices.shape[-1] * tile[1])
         rows, columns = (-(-length // size) for length, size in zip(seq_lengths, tile, strict=True))
         if full_kv_num_blocks is None or full_kv_indices is None:
             full_kv_num_blocks = torch.zeros_like(kv_num_blocks)
@@ -175,18 +185,53 @@ class BlockMask:
             seq_lengths=self.seq_lengths,
         )
 
+    def as_tuple(self, flatten: bool = True) -> tuple[Any, ...]:
+        """torch's fields in torch's order; with `flatten` the lengths and the tile are two numbers each."""
+        result: tuple[Any, ...] = self.to_torch().as_tuple(flatten)
+        return result
+
+    def __getitem__(self, index: int | slice | Tensor | tuple[int | slice | Tensor, ...]) -> BlockMask:
+        """Rows of the batch, heads and tiles of queries, as torch's: `mask[:, :, 0:1]` is the first tile of queries.
+
+        An integer keeps its axis. As on torch's mask, `seq_lengths` stay those of the whole, and `mask_mod` must be set
+        anew, from that of the whole.
+        """
+        given = index if isinstance(index, tuple) else (index,)
+        if len(given) > 3:
+            raise IndexError(f"a BlockMask is sliced by rows, heads and tiles of queries; got {len(given)} indices")
+        sizes = self.kv_num_blocks.shape
+        place = tuple(
+            slice(i % n, i % n + 1) if isinstance(i, int) and -n <= i < n else i
+            for i, n in zip((*given, *[slice(None)] * 3)[:3], sizes, strict=True)
+        )
+        lists = BlockLists(*(x[place] for x in self._kv_lists))
+        return BlockMask(self.seq_lengths, self.BLOCK_SIZE, _sliced_mod, kv_lists=lists, ragged=True, listed=True)
+
     # Shape
+
+    @property
+    def listed_rows(self) -> int | None:
+        """Tiles of queries that the lists are for; None in interval form."""
+        if self.kv_intervals is not None or self._known_kv_lists is None:
+            return None
+        return self._known_kv_lists.num_blocks.shape[2]
+
+    def numel(self) -> int:
+        """B x H x Q_LEN x KV_LEN, seen or not."""
+        return math.prod(self.shape)
 
     @property
     def element_mod(self) -> MaskMod:
         """The mask of single elements, of any row of a batch also where the mask is one for all.
 
-        Under given lists an element is seen in a tile that is listed as wholly visible, and where `mask_mod` shows it
-        in one that is listed as partly visible.
+        Under given lists, and under a `mask_mod` that was set later, an element is seen in a tile that is listed as
+        wholly visible, and where `mask_mod` shows it in one that is listed as partly visible.
         """
         if self.kv_intervals is not None:
             return _interval_mod(self.kv_intervals)
-        return _listed_mod(self.mask_mod, *self._tiles, self.BLOCK_SIZE) if self.listed else self.mask_mod
+        if self.mask_mod is self._lists_follow:
+            return self.mask_mod
+        return _listed_mod(self.mask_mod, *self._tiles, self.BLOCK_SIZE)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -346,6 +391,13 @@ class BlockMask:
             f"BlockMask(shape={self.shape}, {form}, BLOCK_SIZE={self.BLOCK_SIZE}, sparsity={self.sparsity():.2f}%, "
             f"{self.device})\n{self.to_string()}"
         )
+
+
+def _sliced_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    raise RuntimeError(
+        "a sliced BlockMask has no mask_mod, for it may count queries from elsewhere: set it from the whole mask's, as "
+        "in sliced.mask_mod = block_mask.mask_mod, or a function that adds the offset to q_idx"
+    )
 
 
 def _interval_mod(kv_intervals: Tensor) -> MaskMod:

@@ -10,6 +10,7 @@ from torch import Tensor
 from packflex.masks.block_mask import DEFAULT_BLOCK_SIZE, BlockLists, BlockMask, MaskMod, _tile_pair, lists_of_tiles
 from packflex.masks.kept import kept
 from packflex.masks.recognise import recognised_intervals
+from packflex.mods.bounds import check_reads
 from packflex.mods.evaluate import evaluate
 from packflex.mods.lifted import Lifted, lift
 from packflex.mods.nodes import INDICES
@@ -22,9 +23,10 @@ def create_block_mask(
     H: int | None,
     Q_LEN: int,
     KV_LEN: int,
-    device: torch.device | str = "cuda",
+    device: torch.device | str | None = None,
     BLOCK_SIZE: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
     _compile: bool | None = None,
+    separate_full_blocks: bool = True,
     *,
     check_bounds: bool = False,
 ) -> BlockMask:
@@ -42,9 +44,12 @@ def create_block_mask(
         H: query heads the mask is for; None for a mask that is the same for all.
         Q_LEN: queries.
         KV_LEN: keys.
-        device: where the mask lives, as the tensors that `mask_mod` reads must.
+        device: where the mask lives, as the tensors that `mask_mod` reads must; None for the accelerator, or the CPU
+            where there is none.
         BLOCK_SIZE: rows and columns of a tile.
         _compile: torch's, and without a meaning here: nothing is left to compile.
+        separate_full_blocks: False lists wholly visible tiles among the partly visible ones, where kernels apply
+            `mask_mod`.
         check_bounds: first evaluate every read of captured tensors and raise for one past the end, which a kernel would
             read unnoticed; takes time with Q_LEN x KV_LEN, for debugging.
 
@@ -57,27 +62,35 @@ def create_block_mask(
     for name, size in (("B", batch), ("H", heads), ("Q_LEN", Q_LEN), ("KV_LEN", KV_LEN)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1; got {size}")
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     shape = (batch, heads, Q_LEN, KV_LEN)
     if torch.compiler.is_compiling():
-        return _mask_of_lists(shape, tile, mask_mod, _tiles_by_rows(mask_mod, None, shape, tile, device))
-    if check_bounds:
-        from packflex.mods.bounds import check_reads
+        mask = _mask_of_lists(shape, tile, mask_mod, _tiles_by_rows(mask_mod, None, shape, tile, device))
+    else:
+        if check_bounds:
+            check_reads(mask_mod, "mask", shape, device)
+        mask = _created(mask_mod, shape, tile, device)
+    return mask if separate_full_blocks else _all_partial(mask)
 
-        check_reads(mask_mod, "mask", shape, device)
+
+def _created(
+    mask_mod: MaskMod, shape: tuple[int, int, int, int], tile: tuple[int, int], device: torch.device
+) -> BlockMask:
     lifted = lift(mask_mod, "mask", device)
     found = recognised_intervals(lifted, shape, device)
     if found is not None:
         return BlockMask(
-            (Q_LEN, KV_LEN),
+            shape[2:],
             tile,
             mask_mod,
             found.kv_intervals,
             found.q_intervals,
             long_spans=found.long_spans,
-            heads=heads,
+            heads=shape[1],
         )
     if _has_kernel(device):
         from packflex.masks.tile_kernel import launch_tile_lists  # Triton only where it runs
@@ -85,7 +98,7 @@ def create_block_mask(
         kv_lists, q_lists = kept(
             lifted, device, ("lists", shape, tile), lambda: launch_tile_lists(lifted, shape, tile, device)
         )
-        return BlockMask((Q_LEN, KV_LEN), tile, mask_mod, kv_lists=kv_lists, q_lists=q_lists)
+        return BlockMask(shape[2:], tile, mask_mod, kv_lists=kv_lists, q_lists=q_lists)
     lists = kept(lifted, device, ("rows", shape, tile), lambda: _tiles_by_rows(mask_mod, lifted, shape, tile, device))
     return _mask_of_lists(shape, tile, mask_mod, lists)
 
@@ -99,6 +112,13 @@ def _mask_of_lists(
     shape: tuple[int, int, int, int], tile: tuple[int, int], mask_mod: MaskMod, lists: BlockLists
 ) -> BlockMask:
     return BlockMask(shape[2:], tile, mask_mod, kv_lists=lists)
+
+
+def _all_partial(mask: BlockMask) -> BlockMask:
+    """The mask with wholly visible tiles among the partly visible ones, in list form."""
+    tiles = mask.to_dense().bool()
+    lists = lists_of_tiles(tiles, torch.zeros_like(tiles))
+    return BlockMask(mask.seq_lengths, mask.BLOCK_SIZE, mask.mask_mod, kv_lists=lists)
 
 
 def _tiles_by_rows(

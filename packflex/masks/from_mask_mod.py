@@ -11,6 +11,7 @@ from packflex.masks.block_mask import DEFAULT_BLOCK_SIZE, BlockLists, BlockMask,
 from packflex.masks.kept import kept
 from packflex.masks.recognise import recognised_intervals
 from packflex.mods.bounds import check_reads
+from packflex.mods.errors import ModError
 from packflex.mods.evaluate import evaluate
 from packflex.mods.lifted import Lifted, lift
 from packflex.mods.nodes import INDICES
@@ -56,6 +57,8 @@ def create_block_mask(
     Raises:
         ValueError: sizes below 1, or a `mask_mod` that cannot become a kernel (`ModError`, with its line).
         TypeError: a `mask_mod` that does not return bool, or takes another number of arguments.
+        IndexError: a `mask_mod` that reads past the end of a captured tensor (`ModIndexError`, with its line), where no
+            kernel makes the mask.
     """
     batch, heads = (1 if n is None else n for n in (B, H))
     tile = _tile_pair(BLOCK_SIZE)
@@ -70,10 +73,16 @@ def create_block_mask(
     shape = (batch, heads, Q_LEN, KV_LEN)
     if torch.compiler.is_compiling():
         mask = _mask_of_lists(shape, tile, mask_mod, _tiles_by_rows(mask_mod, None, shape, tile, device))
-    else:
-        if check_bounds:
-            check_reads(mask_mod, "mask", shape, device)
+    elif check_bounds:
+        check_reads(mask_mod, "mask", shape, device)
         mask = _created(mask_mod, shape, tile, device)
+    else:
+        try:
+            mask = _created(mask_mod, shape, tile, device)
+        except IndexError as error:
+            if not isinstance(error, ModError):
+                check_reads(mask_mod, "mask", shape, device)  # names the read
+            raise
     return mask if separate_full_blocks else _all_partial(mask)
 
 

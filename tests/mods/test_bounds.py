@@ -69,6 +69,27 @@ def test_masks():
     create_block_mask(short_ids, 2, None, 30, 30, "cpu", check_bounds=True)
 
 
+SHORT_LENGTHS = torch.tensor([5, 6])
+
+
+def short_lengths(b, h, q_idx, kv_idx):
+    return (q_idx >= kv_idx) & (kv_idx < SHORT_LENGTHS[b])
+
+
+@pytest.mark.parametrize(
+    ("mod", "batch", "length", "read"),
+    [
+        (short_ids, 2, S, r"SHORT\[b, q_idx\] == .*\(2, 30\) with index 30 in axis 1, which has 30, at b=0, q_idx=30"),
+        (short_ids, 3, 30, r"SHORT\[b, q_idx\] == .*with index 2 in axis 0, which has 2, at b=2, q_idx=0"),
+        (short_lengths, 3, S, r"SHORT_LENGTHS\[b\]\)`: reads .*with index 2 in axis 0, which has 2, at b=2"),
+    ],
+    ids=["query", "row", "row-of-intervals"],
+)
+def test_a_mask_made_on_a_cpu_names_the_read_unasked(mod, batch, length, read):
+    with pytest.raises(ModIndexError, match=rf"mask_mod {mod.__name__} \(.*test_bounds\.py:\d+ `return .*{read}"):
+        create_block_mask(mod, batch, None, length, length, "cpu", 16)
+
+
 def test_negative_indices_count_from_the_end():
     generous = torch.zeros(2 * S)
     flex_attention(*inputs(), score_mod=lambda s, b, h, q, k: s + generous[q - k], enable_gqa=True, check_bounds=True)

@@ -24,6 +24,7 @@ IDENTITIES = {
 _FLOAT_UNARY = {
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "sin", "cos", "tan", "asin", "acos",
     "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "sigmoid", "erf", "erfc", "reciprocal", "lgamma",
+    "digamma",
 }  # fmt: skip
 _ROUNDING = {"floor", "ceil", "round", "trunc"}
 _COMPARE = {"eq", "ne", "lt", "le", "gt", "ge"}
@@ -81,8 +82,38 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         buffer = torch.exp(-torch.abs(x))  # what the derivative's rule takes it for off CUDA
         return torch.clamp_max(x, 0) - torch.log1p(buffer), buffer
 
+    def hardshrink_backward(grad: Any, x: Any, limit: float) -> Any:
+        return torch.where((x >= -limit) & (x <= limit), 0.0, grad)
+
     table[aten.log_sigmoid_forward.default] = log_sigmoid_forward  # torch's makes a buffer of another shape on CUDA
+    table[aten.hardshrink_backward.default] = hardshrink_backward
     return table
+
+
+def differentiable(target: Any, args: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The call itself, or one of the same value that has the derivative which aten does not give it.
+
+    A floor division has none, as in torch.div; of a step its value at 0 alone has one.
+    """
+    name = _base(target).removesuffix("_")
+    if name in ("floor_divide", "remainder") and any(map(_is_float, args)):
+        x, y = args
+        if not isinstance(x, torch.Tensor):
+            x = torch.full((), x, dtype=FLOAT, device=y.device)
+        return (aten.remainder, (x, y), {}) if name == "remainder" else (aten.div, (x, y), {"rounding_mode": "floor"})
+    if name == "heaviside":
+        x, at_zero = args
+        return aten.where.self, (x == 0, at_zero, (x > 0).to(x.dtype)), {}
+    return target, args, {}
+
+
+def is_bitwise(target: Any) -> bool:
+    """Whether an operation is of the bits of integers and bools."""
+    return _base(target).removesuffix("_") in {*_BITWISE, "bitwise_not"}
+
+
+def _is_float(x: Any) -> bool:
+    return x.is_floating_point() if isinstance(x, torch.Tensor) else isinstance(x, float)
 
 
 @cache
@@ -152,6 +183,8 @@ def to_nodes(node: Any, env: dict[Any, Node], builder: Builder, where: str) -> N
         return builder.cast(env[arguments[1]], dtype)
     if name in ("empty_permuted", "empty_strided", "empty_like", "empty"):
         return builder.constant(0, dtype)  # filled next
+    if name == "_efficientzerotensor":
+        return builder.constant(0, dtype)
     if name in _FILLS:
         return _fill(name, arguments, options, builder, dtype, env)
     if name in ("_to_copy", "convert_element_type"):

@@ -166,6 +166,20 @@ def isinf(x):
 
 
 @triton.jit
+def digamma(x):
+    """The derivative of lgamma: an asymptotic series past 6, the recurrence up to there, and the reflection below 0."""
+    y = tl.where(x > 0, x, 1 - x)
+    steps = 1 / y + 1 / (y + 1) + 1 / (y + 2) + 1 / (y + 3) + 1 / (y + 4) + 1 / (y + 5)
+    w = 1 / (y + 6)
+    z = w * w
+    series = z * (0.08333333333333333 - z * (0.008333333333333333 - z * (0.003968253968253968 - z / 240)))
+    above = natural_log(y + 6) - 0.5 * w - series - steps
+    turn = x - round_even(x)
+    below = above - fast_divide(3.141592653589793, tan(turn * 3.141592653589793))
+    return tl.where(x > 0, above, tl.where((turn == 0) & (x < 0), float("nan"), below))
+
+
+@triton.jit
 def scatter(p_sum, o, value, mask, scale, MODE: tl.constexpr):
     """Add `value` to a captured tensor's gradient at offsets `o`.
 

@@ -77,6 +77,15 @@ def without_kernel(operation: str, random: bool, of_many: bool) -> str:
     )
 
 
+def without_derivative(operation: str) -> str:
+    """What is told of an operation that torch or a kernel cannot differentiate."""
+    return (
+        f"{operation} has no derivative here, and it is of the score or of a captured tensor that requires a gradient: "
+        "write .detach() on what it takes, where no gradient shall pass through it, or write it with other operations "
+        "of docs/masks.md"
+    )
+
+
 def short_name(name: str) -> str:
     """A name of `name_of` without the file's folder."""
     function, _, place = name.rpartition(" (")

@@ -34,7 +34,7 @@ _CALLS = {
 DEVICE = {
     "tanh", "sigmoid", "sign", "floordiv", "remainder", "fmod", "divided_by", "in_range", "isnan", "isinf", "log1p",
     "expm1", "log10", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "lgamma",
-    "trunc", "atan2", "hypot", "copysign",
+    "digamma", "trunc", "atan2", "hypot", "copysign",
 }  # fmt: skip
 _FROM_DEVICE = sorted({
     *DEVICE, "truth", "round_even", "power", "natural_log", "fast_log2", "read_elements", "read_index",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import operator
 import os
+import re
 import sys
 import threading
 import traceback
@@ -33,7 +34,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from packflex.layout import is_on
-from packflex.mods.aten import IDENTITIES, decompositions, is_supported, kernel_dtype, mark_exact, to_nodes
+from packflex.mods.aten import (
+    IDENTITIES,
+    decompositions,
+    differentiable,
+    is_bitwise,
+    is_supported,
+    kernel_dtype,
+    mark_exact,
+    to_nodes,
+)
 from packflex.mods.errors import (
     MADE_INSIDE,
     ModError,
@@ -41,6 +51,7 @@ from packflex.mods.errors import (
     ModTypeError,
     located,
     name_of,
+    without_derivative,
     without_kernel,
 )
 from packflex.mods.nodes import INDICES, Builder, CapturedGradient, Layout, Node, Program
@@ -481,6 +492,23 @@ class _FirstGraph:
             alike = [other.target for other in self.nodes if _called(other) == _called(node)]
             random = any(torch.Tag.nondeterministic_seeded in getattr(other, "tags", ()) for other in alike)
             raise self._fail(node, without_kernel(_called(node), random, _is_of_many(target)))
+        given = [self.dtype_of(x) for x in node.all_input_nodes] if is_bitwise(target) else []
+        floats = [dtype for dtype in given if dtype.is_floating_point]
+        if floats:
+            raise self._fail(
+                node,
+                f"{_called(node)} of {floats[0]}; it is of the bits of integers and bools: convert with "
+                ".int(), or compare first",
+            )
+
+    def dtype_of(self, node: Any) -> torch.dtype:
+        """The type of a node's value."""
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            return value.dtype
+        if node in self.fixed:
+            return self.fixed[node].dtype
+        return next((self.captures[read.slot].dtype for other, read in self.reads if other is node), torch.bool)
 
     def _check_result(self) -> None:
         value = self.out.meta.get("val") if hasattr(self.out, "meta") else None
@@ -559,7 +587,7 @@ def _second_pass(first: _FirstGraph, mod: Callable[..., Any], kind: str) -> tupl
                 env[node] = fixed_values[node]
             elif node.op == "call_function" and node not in first.partial:
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-                with _noting(_line_of(node)):
+                with _noting(_line_of(node), node.meta.get("torch_fn") or ""):
                     env[node] = _call(node.target, args, kwargs)
         where = [env[index] if isinstance(index, torch.fx.Node) else None for index in flat_indices]
         return env[first.out], [x for x in where if x is not None]
@@ -592,6 +620,10 @@ def _second_pass(first: _FirstGraph, mod: Callable[..., Any], kind: str) -> tupl
     except ModError:
         raise
     except Exception as error:
+        missing = re.findall(r"^derivative for aten::_*(\w+) is not implemented", str(error))
+        for node in first.nodes:
+            if node.op == "call_function" and _op_name(node.target) in missing:
+                raise ModError(f"{_at(_line_of(node), mod)}: {without_derivative(_called(node))}") from error
         raise ModError(
             f"{kind}_mod {name_of(mod)} could not be differentiated: {type(error).__name__}: {error}"
         ) from error
@@ -612,6 +644,8 @@ def _call(target: Any, args: Any, kwargs: Any) -> Any:
     if isinstance(kwargs.get("dtype"), torch.dtype):
         kwargs["dtype"] = kernel_dtype(kwargs["dtype"])
     args = [kernel_dtype(arg) if isinstance(arg, torch.dtype) else arg for arg in args]
+    target, args, more = differentiable(target, args)
+    kwargs.update(more)
     schema = getattr(target, "_schema", None)
     if schema is not None and schema.is_mutable:
         # the trace rebinds the name; out of place is the same function of the values
@@ -655,14 +689,14 @@ def _program(
                 continue
             source = where_nodes[cursor]
             cursor += 1
-            _convert_until(source, env, graph, builder, position, mod)
+            _convert_until(source, env, graph, builder, position, first)
             indices.append(env[source])
         layout = Layout.of(first.captures[read.slot])
         dtype = kernel_dtype(layout.dtype)
         addresses.append(tuple(indices))
         env[placeholder] = builder.make("read", indices, dtype, read.slot, _line_of(_read_node))
     for root in [output[0], *output[2:]] if kind == "score" else [output[0]]:
-        _convert_until(root, env, graph, builder, position, mod)
+        _convert_until(root, env, graph, builder, position, first)
     gradients = []
     for i, value in zip(wanted, output[3:], strict=True):
         node = env[value] if isinstance(value, torch.fx.Node) else None
@@ -681,7 +715,7 @@ def _program(
 
 
 def _convert_until(
-    target: Any, env: dict[Any, Node], graph: Any, builder: Builder, position: Any, mod: Callable[..., Any]
+    target: Any, env: dict[Any, Node], graph: Any, builder: Builder, position: Any, first: _FirstGraph
 ) -> None:
     """Convert what `target` needs, in the graph's order; everything it needs comes before it there."""
     if target in env:
@@ -704,4 +738,40 @@ def _convert_until(
             try:
                 env[node] = to_nodes(node, env, builder, _line_of(node))
             except NotImplementedError as error:
-                raise ModError(f"{_at(_line_of(node), mod)}: {error}") from error
+                cause = _differentiated(node.target, first) if not _line_of(node) else None
+                text = str(error) if cause is None else without_derivative(_called(cause))
+                raise ModError(f"{_at(_line_of(cause or node), first.mod)}: {text}") from error
+
+
+def _differentiated(target: Any, first: _FirstGraph) -> Any:
+    """The user's operation whose derivative calls `target`; None when there is none."""
+    for node in first.nodes:
+        if node.op == "call_function" and node not in first.partial:
+            try:
+                if target in _called_by_derivative(node, first):
+                    return node
+            except Exception:  # it is not this one's derivative that failed
+                continue
+    return None
+
+
+def _called_by_derivative(node: Any, first: _FirstGraph) -> set[Any]:
+    given = node.all_input_nodes
+    floats = [x for x in given if first.dtype_of(x).is_floating_point]
+
+    def derivative(*numbers: Tensor) -> Any:
+        env = dict(zip(given, numbers, strict=True))
+
+        def forward(*chosen: Tensor) -> Tensor:
+            mine = {**env, **dict(zip(floats, chosen, strict=True))}
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), mine.__getitem__)
+            result: Tensor = _call(node.target, args, kwargs)
+            return result
+
+        out, vjp = torch.func.vjp(forward, *[env[x] for x in floats])  # type: ignore[misc]  # as above
+        return vjp(torch.ones_like(out))
+
+    examples = [torch.zeros((), dtype=kernel_dtype(first.dtype_of(x))) for x in given]
+    with torch.enable_grad():
+        graph = make_fx(derivative, tracing_mode="fake", decomposition_table=decompositions())(*examples)
+    return {other.target for other in graph.graph.nodes}

@@ -25,7 +25,7 @@ from packflex.mods.rewrite import in_product_units, with_split_distances
 _BUSY = 12  # nodes of each element
 _HEAVY = {  # each of many instructions; sines of each element compile for minutes in these kernels
     "read", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "asinh", "acosh", "atanh", "erf",
-    "erfc", "lgamma", "pow", "expm1", "log1p", "hypot", "remainder", "fmod",
+    "erfc", "lgamma", "digamma", "pow", "expm1", "log1p", "hypot", "remainder", "fmod",
 }  # fmt: skip
 
 _HEADER = '''"""Printed by packflex: {what}, for the Hopper kernels."""

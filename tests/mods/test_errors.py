@@ -235,6 +235,14 @@ def special_function(score, b, h, q_idx, kv_idx):
     return torch.special.i0(score)  # here
 
 
+def bits_of_a_score(score, b, h, q_idx, kv_idx):
+    return score + (score.bitwise_and(q_idx))  # here
+
+
+def bits_of_a_table(score, b, h, q_idx, kv_idx):
+    return score + (floats[kv_idx] | 1)  # here
+
+
 def integer_power(score, b, h, q_idx, kv_idx):
     return score + kv_idx**7  # here
 
@@ -336,6 +344,8 @@ BAD = [
     (reads_an_array, "a tensor made inside the mod is used as a table", MADE),
     (special_function, "i0 has no kernel form", LISTED),
     (rounds_to_the_next, "nextafter has no kernel form", LISTED),
+    (bits_of_a_score, "bitwise_and of torch.float32", "convert with .int(), or compare first"),
+    (bits_of_a_table, "or of torch.float32", "convert with .int(), or compare first"),
     (integer_power, "an integer power of an integer has no kernel form", "use floats"),
     (without_grad, "torch.no_grad()", "write .detach() on what gets no gradient"),
     (another_device, "a captured tensor of shape (6,) is on meta, query on cpu", "move it with .to('cpu')"),
@@ -405,6 +415,37 @@ def test_masks_are_told_the_same(mod, operation, remedy):
     assert operation in text
     assert remedy
     assert remedy in text
+
+
+# Derivatives
+
+
+def shrinks(score, b, h, q_idx, kv_idx):
+    return torch.nn.functional.softshrink(score)  # here
+
+
+def digamma_of_learned(score, b, h, q_idx, kv_idx):
+    halved = learned[kv_idx] / 2
+    return score * 2 + torch.digamma(halved)  # here
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference", None])
+@pytest.mark.parametrize(("mod", "name"), [(shrinks, "softshrink"), (digamma_of_learned, "digamma")])
+def test_what_has_no_derivative_is_named(mod, name, backend):
+    text = message(ModError, attend, mod, backend)
+    assert text.startswith(f"{mod.__name__} (")
+    assert f"test_errors.py:{line_of(mod)}" in text
+    assert f"`: {name} has no derivative here" in text
+    assert "write .detach() on what it takes" in text
+
+
+@pytest.mark.parametrize("function", [torch.nn.functional.softshrink, torch.digamma])
+def test_the_remedy_of_what_has_no_derivative_works(function):
+    def detached(score, b, h, q_idx, kv_idx):
+        return score + function(score.detach() + learned[kv_idx].detach() + 1.5)
+
+    found, exact = (attend(detached, backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(found, exact)
 
 
 # What is returned and what is taken

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from packflex.attention.memory import new_bshd
 from packflex.masks.block_mask import MaskMod
-from packflex.mods.bounds import named
+from packflex.mods.bounds import check_elements, named
 from packflex.mods.evaluate import OutOfBoundsError, evaluate
 from packflex.mods.lifted import lift
 from packflex.mods.nodes import INDICES
@@ -258,6 +258,8 @@ def _over(
     if torch.compiler.is_compiling():
         return over_indices(mod, scored=scores is not None)(*([] if scores is None else [scores]), *indices)
     lifted = lift(mod, kind, indices[0].device)
+    if all(map(len, indices)):
+        check_elements(mod, lifted, indices[0].device)
     shapes = ((-1, 1, 1, 1), (1, -1, 1, 1), (1, 1, -1, 1), (1, 1, 1, -1))
     inputs = {name: x.view(shape) for name, x, shape in zip(INDICES, indices, shapes, strict=True)}
     if scores is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packflex.mods.errors import ModIndexError, located
+from packflex.mods.errors import ModIndexError, located, without_elements
 from packflex.mods.evaluate import OutOfBoundsError, evaluate
 from packflex.mods.lifted import Lifted, describe, lift
 from packflex.mods.nodes import INDICES, Node, ordered
@@ -70,6 +70,21 @@ def check_reads(
                     assert scores is not None
                     inputs["score"] = scores(b, h, rows)
                 _check(reads, inputs, lifted, seen)
+
+
+def check_elements(mod: Callable[..., Any], lifted: Lifted, device: torch.device) -> None:
+    """Refuse reads of captured tensors that have no element, which no kernel survives; `lifted` is the mod's.
+
+    Raises:
+        ModIndexError: the first such read, with the mod's line.
+    """
+    if all(tensor.numel() for tensor in lifted.captures):
+        return
+    own = describe(mod, lifted.program.kind, device)
+    for node in ordered(own.program.roots()):
+        if node.op == "read" and not own.captures[node.value].numel():
+            shape = tuple(own.captures[node.value].shape)
+            raise ModIndexError(f"{located(own.program.name, node.where)}: {without_elements(shape)}")
 
 
 def _value(node: Node, inputs: dict[str, Tensor], lifted: Lifted) -> Tensor:

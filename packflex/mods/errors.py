@@ -10,6 +10,29 @@ from typing import Any
 MADE_INSIDE = "a mod works on single numbers: make it before the mod and capture it, then read table[i]"
 
 
+_UNKNOWN = "on an index or a score, whose value is known only inside the kernel"
+_SELECTED = (
+    "write torch.where(condition, a, b), &, |, ~ between conditions, and torch.maximum(a, b), torch.minimum(a, b) or "
+    ".clamp() for the larger and the smaller"
+)
+AS_BOOL = f"a Python `if`, `while`, `and`, `or`, `not`, `in`, max() or min() {_UNKNOWN}; {_SELECTED}"
+AS_FLOAT = (
+    f"float() or a function of Python's math {_UNKNOWN}; write .float(), and torch's function of that name: torch.exp "
+    "for math.exp"
+)
+AS_INT = f"int() {_UNKNOWN}; write .int(), or .floor() and the like of a float"
+AS_INDEX = (
+    f"range(), a list's index or another use as an integer of Python's, {_UNKNOWN}; capture the list as a torch.tensor"
+    ", read as table[h], and loop to the largest number with torch.where(i < h, a, b) inside"
+)
+AS_ITEM = f".item() or .tolist() {_UNKNOWN}; leave it out: torch's operations take the number as it is"
+AS_BOUND = (
+    f"a slice's bound {_UNKNOWN}; a mod reads single elements, as table[h, kv_idx], and leaves some out by "
+    "torch.where(kv_idx >= q_idx, a, b): compute what is of whole slices before, and capture the result"
+)
+ON_THE_HOST = f"an argument that must be a number, or a Python `if`, {_UNKNOWN}; {_SELECTED}"
+
+
 class ModError(ValueError):
     """A score_mod or mask_mod that cannot become a kernel."""
 
@@ -84,6 +107,11 @@ def without_derivative(operation: str) -> str:
         "write .detach() on what it takes, where no gradient shall pass through it, or write it with other operations "
         "of docs/masks.md"
     )
+
+
+def without_elements(shape: tuple[int, ...]) -> str:
+    """What is told of a read where nothing can be read."""
+    return f"a captured tensor of shape {shape} has no element to read; capture one with at least one along each axis"
 
 
 def short_name(name: str) -> str:

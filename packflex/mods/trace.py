@@ -45,13 +45,21 @@ from packflex.mods.aten import (
     to_nodes,
 )
 from packflex.mods.errors import (
+    AS_BOOL,
+    AS_BOUND,
+    AS_FLOAT,
+    AS_INDEX,
+    AS_INT,
+    AS_ITEM,
     MADE_INSIDE,
+    ON_THE_HOST,
     ModError,
     ModIndexError,
     ModTypeError,
     located,
     name_of,
     without_derivative,
+    without_elements,
     without_kernel,
 )
 from packflex.mods.nodes import INDICES, Builder, CapturedGradient, Layout, Node, Program
@@ -64,10 +72,10 @@ _OF_KIND = {"size", "dim", "ndimension", "stride", "numel", "nelement", "element
             "__hash__", "result_type", "broadcast_shapes"}  # fmt: skip
 _OF_ALL = {"sum", "mean", "prod", "max", "min", "all", "any", "norm", "std", "var", "median", "argmax", "argmin", "dot"}
 _MAKERS = {torch.tensor, torch.as_tensor, torch.scalar_tensor}
-_ON_THE_HOST = (
-    "a Python `if`, `and`, `or`, `not`, int(), float() or .item() on an index or a score, whose value is known only "
-    "inside the kernel; write torch.where(condition, a, b), and &, |, ~ between conditions"
-)
+_ASKED = {
+    "__bool__": AS_BOOL, "is_nonzero": AS_BOOL, "__contains__": AS_BOOL, "__float__": AS_FLOAT, "__complex__": AS_FLOAT,
+    "__int__": AS_INT, "__index__": AS_INDEX, "item": AS_ITEM, "tolist": AS_ITEM,
+}  # fmt: skip
 aten = torch.ops.aten
 
 
@@ -193,6 +201,10 @@ class _Recorder(TorchFunctionMode):
                 "write torch.autograd.grad or .backward()"
             )
         name = getattr(func, "__name__", "")
+        if tensors and isinstance(tensors[0], FakeTensor) and tensors[0].constant is None and name in _ASKED:
+            raise ModError(f"{_at(_user_line(), self.mod)}: {_ASKED[name]}")
+        if any(isinstance(bound, FakeTensor) for leaf in leaves for bound in _bounds(leaf)):
+            raise ModError(f"{_at(_user_line(), self.mod)}: {AS_BOUND}")
         writes = name in _SETTERS or (name.endswith("_") and not name.startswith("_")) or kwargs.get("inplace") is True
         if (writes and tensors and (not isinstance(tensors[0], FakeTensor) or name == "__setitem__")) or (
             kwargs.get("out") is not None
@@ -203,10 +215,26 @@ class _Recorder(TorchFunctionMode):
             )
         if not traced and (tensors or func in _MAKERS):
             return self._for_real(func, args, kwargs)
+        if traced:
+            self._check_tables(name, tensors)
         with _noting(_user_line(), name):
             if func is Tensor.__getitem__:
                 return self._read(*args)
             return func(*args, **kwargs)
+
+    def _check_tables(self, name: str, tensors: list[Tensor]) -> None:
+        """Refuse what torch itself refuses, in words of its own, of captured tensors and traced numbers together."""
+        for tensor in tensors:
+            if not isinstance(tensor, FakeTensor) and tensor.layout != torch.strided:
+                raise ModError(
+                    f"{_at(_user_line(), self.mod)}: a captured tensor of {tensor.layout}; kernels read dense ones: "
+                    "capture it as .to_dense()"
+                )
+        if name == "take" and not isinstance(tensors[0], FakeTensor):
+            raise ModError(
+                f"{_at(_user_line(), self.mod)}: take is not pointwise: it takes a whole captured tensor of shape "
+                f"{tuple(tensors[0].shape)}; read one element as table[i, j], or as table.flatten()[i]"
+            )
 
     def _for_real(self, func: Any, args: Any, kwargs: Any) -> Any:
         given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -268,7 +296,11 @@ def _tells_kind(func: Any) -> bool:
 
 def _cuts_at_a_tensor(x: Any) -> bool:
     """Whether a slice has a tensor for a bound, whose value is then read, and which no tape can exchange."""
-    return isinstance(x, slice) and any(isinstance(bound, Tensor) for bound in (x.start, x.stop, x.step))
+    return any(isinstance(bound, Tensor) for bound in _bounds(x))
+
+
+def _bounds(x: Any) -> tuple[Any, ...]:
+    return (x.start, x.stop, x.step) if isinstance(x, slice) else ()
 
 
 _grad_wanted = [False]
@@ -368,7 +400,12 @@ def _explained(error: Exception, mod: Callable[..., Any], kind: str) -> ModError
         or "_local_scalar_dense" in text
         or "is_nonzero" in text
     ):
-        return ModError(f"{at}: {_ON_THE_HOST}")
+        return ModError(f"{at}: {ON_THE_HOST}")
+    if outside := re.search(r"index (-?\d+) .*out of (?:bounds|range) .*(?:size (\d+)|of size \[)", text):
+        axis = f"an axis of {outside[2]}" if outside[2] else "its axis"
+        return ModIndexError(
+            f"{at}: index {outside[1]} into {axis}; read an element that is there, or capture a larger tensor"
+        )
     if ".numpy()" in text:
         return ModError(f"{at}: numpy cannot be traced; write torch's function of that name")
     if isinstance(error, TypeError | ValueError) and "device" not in text:
@@ -445,6 +482,9 @@ class _FirstGraph:
 
     def _note(self, node: Any, read: _Read) -> None:
         if read.whole:
+            shape = tuple(self.captures[read.slot].shape)
+            if 0 in shape and self.kind == "mask":  # scores may have no queries or no keys, and then read nothing
+                raise self._fail(node, without_elements(shape), ModIndexError)
             self.reads.append((node, read))
         else:
             self.partial[node] = read
@@ -467,7 +507,7 @@ class _FirstGraph:
         if target is operator.getitem:
             return
         if target is aten._local_scalar_dense.default:
-            raise self._fail(node, _ON_THE_HOST)
+            raise self._fail(node, ON_THE_HOST)
         for argument in node.all_input_nodes:
             if argument in self.partial:
                 if _op_name(target).startswith("lift_fresh"):  # what torch does with new tensors

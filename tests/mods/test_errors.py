@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import re
 
 import numpy as np
@@ -19,7 +20,15 @@ far = torch.zeros(6, device="meta")
 waves = torch.zeros(6, dtype=torch.complex64)
 flags = torch.ones(6, dtype=torch.bool)
 array = np.zeros(6, dtype=np.float32)
+empty = torch.randn(0, 4)
+sparse = torch.eye(6).to_sparse()
 WHERE = "torch.where(condition, a, b)"
+LARGER = "torch.maximum(a, b), torch.minimum(a, b)"
+LIST = "capture the list as a torch.tensor, read as table[h]"
+LOOP = "loop to the largest number with torch.where(i < h, a, b) inside"
+MATH = "torch's function of that name: torch.exp for math.exp"
+SLICE = "a mod reads single elements, as table[h, kv_idx]"
+THERE = "read an element that is there, or capture a larger tensor"
 READS = "only reads: compute a new value instead"
 ELEMENT = "read one element as table[i, j]"
 NUMBERS = "a mod works on single numbers: combine them by pairs, as in torch.maximum(a, b)"
@@ -57,6 +66,30 @@ def python_not(score, b, h, q_idx, kv_idx):
 
 def python_max(score, b, h, q_idx, kv_idx):
     return score + max(q_idx, kv_idx)  # here
+
+
+def python_max_of_scores(score, b, h, q_idx, kv_idx):
+    return max(score, table[h, kv_idx])  # here
+
+
+def python_min(score, b, h, q_idx, kv_idx):
+    return min(score, 2.0)  # here
+
+
+def python_in(score, b, h, q_idx, kv_idx):
+    return torch.where(torch.tensor(kv_idx in (1, 2)), score, 0.0)  # here
+
+
+def python_math(score, b, h, q_idx, kv_idx):
+    return score * math.exp(h)  # here
+
+
+def python_floor(score, b, h, q_idx, kv_idx):
+    return score + math.floor(score)  # here
+
+
+def number_argument(score, b, h, q_idx, kv_idx):
+    return torch.nn.functional.hardshrink(score, table[h, kv_idx])  # here
 
 
 def python_int(score, b, h, q_idx, kv_idx):
@@ -277,6 +310,50 @@ def bool_index(score, b, h, q_idx, kv_idx):
     return score + floats[kv_idx > 2]  # here
 
 
+def constant_out_of_range(score, b, h, q_idx, kv_idx):
+    return score + table[7, kv_idx]  # here
+
+
+def constant_before_the_start(score, b, h, q_idx, kv_idx):
+    return score + table[q_idx, -7]  # here
+
+
+def constant_in_two_steps(score, b, h, q_idx, kv_idx):
+    return score + table[kv_idx % 4][6]  # here
+
+
+def constants_alone(score, b, h, q_idx, kv_idx):
+    return score + table[0, 6]  # here
+
+
+def selects_out_of_range(score, b, h, q_idx, kv_idx):
+    return score + torch.select(table, 0, 4)[kv_idx]  # here
+
+
+def reads_nothing(score, b, h, q_idx, kv_idx):
+    return score + empty[q_idx, h]  # here
+
+
+def reads_nothing_in_two_steps(score, b, h, q_idx, kv_idx):
+    return score + empty[q_idx][h]  # here
+
+
+def takes(score, b, h, q_idx, kv_idx):
+    return score + torch.take(table, kv_idx)  # here
+
+
+def takes_a_long(score, b, h, q_idx, kv_idx):
+    return score + table.take(kv_idx.long())  # here
+
+
+def reads_a_sparse_tensor(score, b, h, q_idx, kv_idx):
+    return score + sparse[q_idx, kv_idx]  # here
+
+
+def slice_from_a_query(score, b, h, q_idx, kv_idx):
+    return score + table[h, q_idx:][0]  # here
+
+
 def slice_of_an_index(score, b, h, q_idx, kv_idx):
     return score + floats[kv_idx:].sum()  # here
 
@@ -303,14 +380,20 @@ BAD = [
     (branch_on_captured, "a Python `if`", WHERE),
     (python_and, "`and`", "&, |, ~ between conditions"),
     (python_not, "`not`", "&, |, ~ between conditions"),
-    (python_max, "a Python `if`", WHERE),
-    (python_int, "int()", WHERE),
-    (python_float, "float()", WHERE),
-    (python_item, ".item()", WHERE),
-    (python_list, "int()", WHERE),
-    (python_range, "int()", WHERE),
+    (python_max, "max() or min()", LARGER),
+    (python_max_of_scores, "max() or min()", LARGER),
+    (python_min, "max() or min()", LARGER),
+    (python_in, "`in`", WHERE),
+    (python_math, "a function of Python's math", MATH),
+    (python_floor, "a function of Python's math", MATH),
+    (number_argument, "an argument that must be a number", WHERE),
+    (python_int, "int()", "write .int()"),
+    (python_float, "float()", "write .float()"),
+    (python_item, ".item()", "leave it out"),
+    (python_list, "a list's index", LIST),
+    (python_range, "range()", LOOP),
     (python_while, "a Python `if`", WHERE),
-    (python_tolist, ".item()", WHERE),
+    (python_tolist, ".tolist()", "leave it out"),
     (sets_an_element, "setitem changes a captured tensor in place", READS),
     (sets_a_fixed_element, "setitem changes a captured tensor in place", READS),
     (adds_to_an_element, "changes a captured tensor in place", READS),
@@ -354,7 +437,16 @@ BAD = [
     (short_index, "an index of torch.int16", "convert with .int()"),
     (uses_numpy, "numpy cannot be traced", "write torch's function of that name"),
     (bool_index, "an index of torch.bool", "torch.where"),
-    (slice_of_an_index, "int()", WHERE),
+    (slice_of_an_index, "a slice's bound", SLICE),
+    (slice_from_a_query, "a slice's bound", SLICE),
+    (constant_out_of_range, "index 7 into an axis of 4", THERE),
+    (constant_before_the_start, "index -7 into an axis of 6", THERE),
+    (constant_in_two_steps, "index 6 into an axis of 6", THERE),
+    (constants_alone, "index 6 into an axis of 6", THERE),
+    (selects_out_of_range, "index 4 into its axis", THERE),
+    (takes, "take is not pointwise", "or as table.flatten()[i]"),
+    (takes_a_long, "take is not pointwise", "or as table.flatten()[i]"),
+    (reads_a_sparse_tensor, "a captured tensor of torch.sparse_coo", "capture it as .to_dense()"),
     (too_many_indices, "2 indices into a tensor of shape (6,)", "it takes 1, one for each axis"),
     (own_mistake, "KeyError", "# here`: KeyError: 'bias'"),
     (type_mistake, "# here`: TypeError: ", "str"),
@@ -556,9 +648,49 @@ def test_kinds_of_errors():
     assert issubclass(ModError, ValueError)
     with pytest.raises(TypeError):
         attend(four_arguments, "triton")
-    with pytest.raises(IndexError):
-        attend(too_many_indices, "triton")
+    for mod in (too_many_indices, constant_out_of_range, reads_nothing):
+        with pytest.raises(IndexError):
+            attend(mod, "triton")
     assert issubclass(ModIndexError, ModError)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference", None])
+@pytest.mark.parametrize("mod", [reads_nothing, reads_nothing_in_two_steps])
+def test_reads_of_tensors_without_elements_are_refused(mod, backend):
+    texts = [
+        message(ModIndexError, attend, mod, backend),
+        message(ModIndexError, create_block_mask, as_mask(mod), None, None, 6, 6, "cpu"),
+    ]
+    for text in texts:
+        assert text.startswith(f"{mod.__name__} (")
+        assert f"test_errors.py:{line_of(mod)}" in text
+        assert "a captured tensor of shape (0, 4) has no element to read; capture one with at least one" in text
+
+
+def test_no_queries_read_nothing():
+    q = torch.zeros(1, 2, 0, 16)
+    none = torch.zeros(2, 0)
+    out = flex_attention(q, q, q, score_mod=lambda s, b, h, q_idx, kv_idx: s + none[h, kv_idx], backend="triton")
+    assert out.shape == q.shape
+
+
+def test_a_table_that_became_empty_is_refused():
+    tables = [torch.zeros(6)]
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score + tables[0][kv_idx]
+
+    attend(mod, "triton")
+    tables[0] = torch.zeros(0)
+    assert "of shape (0,) has no element to read" in message(ModIndexError, attend, mod, "triton")
+
+
+def test_the_remedies_of_reads_work():
+    def mod(score, b, h, q_idx, kv_idx):
+        return score + table.flatten()[kv_idx] + sparse.to_dense()[q_idx, kv_idx] + torch.tensor([0.5, 1.5])[h]
+
+    found, exact = (attend(mod, backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(found, exact)
 
 
 def test_a_partial_a_method_and_a_module_are_named():

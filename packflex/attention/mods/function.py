@@ -10,6 +10,7 @@ from torch import Tensor
 
 from packflex.attention.mods.ops import blocks_of, mod_attention, mod_max_scores
 from packflex.masks.block_mask import BlockMask
+from packflex.mods.bounds import check_elements
 from packflex.mods.lifted import Lifted, lift
 from packflex.mods.nodes import EXACT_INDICES
 
@@ -41,7 +42,7 @@ def attention_with_mods(
             q, k, v, kv_blocks, q_blocks, mask_mod, score_mod, sinks, tile, ragged, scale, softcap, tiles, long_spans,
             deterministic, backend,
         )  # fmt: skip
-    captures, ints, floats, score_key, mask_key = _programs(q, mask_mod, score_mod)
+    captures, ints, floats, score_key, mask_key = _programs(q, k, mask_mod, score_mod)
     out, lse = mod_attention(
         q, k, v, kv_blocks, q_blocks, captures, sinks, ints, floats, score_key, mask_key, list(tile), ragged, scale,
         softcap, tiles, long_spans, deterministic, backend,
@@ -62,7 +63,7 @@ def max_scores_with_mods(
 ) -> Tensor:
     """The largest score of each query through the printed portable kernels; arguments as `attention_with_mods`."""
     mask_mod, kv_blocks, _, tile, ragged = _walked(q, k, mask, intervals, "triton")
-    captures, ints, floats, score_key, mask_key = _programs(q, mask_mod, score_mod)
+    captures, ints, floats, score_key, mask_key = _programs(q, k, mask_mod, score_mod)
     return mod_max_scores(
         q, k, v, kv_blocks, captures, ints, floats, score_key, mask_key, list(tile), ragged, scale, softcap, long_spans
     )
@@ -87,11 +88,13 @@ def _walked(
 
 
 def _programs(
-    q: Tensor, mask_mod: Callable[..., Any] | None, score_mod: Callable[..., Any] | None
+    q: Tensor, k: Tensor, mask_mod: Callable[..., Any] | None, score_mod: Callable[..., Any] | None
 ) -> tuple[list[Tensor], list[int], list[float], str, str]:
     """Captured tensors and numbers of the mask's program and then the score's, and the keys of score and mask."""
     masked = None if mask_mod is None else lift(mask_mod, "mask", q.device)
     scored = None if score_mod is None else lift(score_mod, "score", q.device)
+    if score_mod is not None and scored is not None and q.numel() and k.numel():
+        check_elements(score_mod, scored, q.device)
     captures: list[Tensor] = []
     ints: list[int] = []
     floats: list[float] = []

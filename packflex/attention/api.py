@@ -208,17 +208,17 @@ def _as_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> BlockMask | N
         block_mask = BlockMask.from_torch(block_mask)
     wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     batch, heads, *lengths = block_mask.shape
-    if tuple(lengths) != wanted[2:] or batch not in (1, wanted[0]) or heads not in (1, wanted[1]):
-        raise ValueError(
-            f"block_mask is for (B, H, Q_LEN, KV_LEN) = {block_mask.shape}, query and key are for {wanted}: "
-            "build the mask from the layout of this batch"
-        )
     rows, needed = block_mask.listed_rows, -(-lengths[0] // block_mask.BLOCK_SIZE[0])
     if rows is not None and rows != needed:
         raise ValueError(
             f"block_mask lists {rows} tiles of queries where {lengths[0]} queries in tiles of "
             f"{block_mask.BLOCK_SIZE[0]} need {needed}: of a sliced mask set seq_lengths, as in "
             "mask.seq_lengths = (query.shape[2], key.shape[2])"
+        )
+    if tuple(lengths) != wanted[2:] or batch not in (1, wanted[0]) or heads not in (1, wanted[1]):
+        raise ValueError(
+            f"block_mask is for (B, H, Q_LEN, KV_LEN) = {block_mask.shape}, query and key are for {wanted}: "
+            "build the mask from the layout of this batch"
         )
     if block_mask.device != query.device:
         raise ValueError(f"query is on {query.device} and block_mask on {block_mask.device}: move the layout first")

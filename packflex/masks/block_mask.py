@@ -12,6 +12,7 @@ from torch import Tensor
 from packflex.layout import is_on
 from packflex.masks.intervals import tile_ranges, visited_tiles
 from packflex.mods.errors import name_of
+from packflex.mods.lifted import lift
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 DEFAULT_BLOCK_SIZE = 128
@@ -51,9 +52,7 @@ class BlockMask:
             bool, so that choosing asks no device and a compiled model has two graphs at most.
     """
 
-    seq_lengths: tuple[int, int]
     BLOCK_SIZE: tuple[int, int]
-    mask_mod: MaskMod
     kv_intervals: Tensor | None
     q_intervals: Tensor | None
     long_spans: bool
@@ -77,9 +76,9 @@ class BlockMask:
 
         `listed` says that the lists were given, and may hide or show what `mask_mod` does not.
         """
-        self.seq_lengths = seq_lengths
+        self._seq_lengths = seq_lengths
         self.BLOCK_SIZE = BLOCK_SIZE
-        self.mask_mod = mask_mod
+        self._mask_mod = mask_mod
         self.kv_intervals = kv_intervals
         self.q_intervals = q_intervals
         self._known_kv_lists = kv_lists
@@ -205,7 +204,50 @@ class BlockMask:
             for i, n in zip((*given, *[slice(None)] * 3)[:3], sizes, strict=True)
         )
         lists = BlockLists(*(x[place] for x in self._kv_lists))
+        if lists.num_blocks.dim() != 3 or lists.indices.dim() != 4:
+            raise IndexError(f"a slice of a BlockMask keeps its rows, heads and tiles of queries; got {index!r}")
         return BlockMask(self.seq_lengths, self.BLOCK_SIZE, _sliced_mod, kv_lists=lists, ragged=True, listed=True)
+
+    # What may be set, as torch's recipes for slices do
+
+    @property
+    def mask_mod(self) -> MaskMod:
+        """Which keys a query sees, element by element; in list form another one may be set.
+
+        Raises:
+            ValueError: set on a mask of intervals, which says by itself what is seen.
+        """
+        return self._mask_mod
+
+    @mask_mod.setter
+    def mask_mod(self, mask_mod: MaskMod) -> None:
+        if self.kv_intervals is not None and mask_mod is not self._mask_mod:
+            raise ValueError(
+                "this block mask holds intervals, which its mask_mod does not change: make another one with "
+                "create_block_mask, or slice it first"
+            )
+        self._mask_mod = mask_mod
+
+    @property
+    def seq_lengths(self) -> tuple[int, int]:
+        """Q_LEN and KV_LEN; in list form others may be set.
+
+        Raises:
+            ValueError: set on a mask of intervals, which are for their own lengths.
+        """
+        return self._seq_lengths
+
+    @seq_lengths.setter
+    def seq_lengths(self, seq_lengths: tuple[int, int]) -> None:
+        if tuple(seq_lengths) == self._seq_lengths:
+            return
+        if self.kv_intervals is not None:
+            raise ValueError(
+                f"this block mask holds the intervals of {self._seq_lengths} queries and keys, not of "
+                f"{tuple(seq_lengths)}: make another one with create_block_mask, or slice it first"
+            )
+        self._seq_lengths = (seq_lengths[0], seq_lengths[1])
+        self.ragged = True  # tiles that are listed as full may reach past the end now
 
     # Shape
 
@@ -231,6 +273,8 @@ class BlockMask:
             return _interval_mod(self.kv_intervals)
         if self.mask_mod is self._lists_follow:
             return self.mask_mod
+        if not torch.compiler.is_compiling():
+            lift(self.mask_mod, "mask", self.device)  # refuses it by its own line, and not by that of what holds it
         return _listed_mod(self.mask_mod, *self._tiles, self.BLOCK_SIZE)
 
     @property
@@ -427,7 +471,8 @@ def _listed_mod(mask_mod: MaskMod, partial: Tensor, full: Tensor, tile: tuple[in
         kind = kinds[b if of_row else 0, h if of_head else 0, q_idx // rows, kv_idx // columns]
         return (kind == 2) | ((kind == 1) & mask_mod(b, h, q_idx, kv_idx))
 
-    listed_mask.packflex_name = name_of(mask_mod)  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling():
+        listed_mask.packflex_name = name_of(mask_mod)  # type: ignore[attr-defined]
     return listed_mask
 
 

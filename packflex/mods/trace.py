@@ -201,7 +201,8 @@ class _Recorder(TorchFunctionMode):
                 "write torch.autograd.grad or .backward()"
             )
         name = getattr(func, "__name__", "")
-        if tensors and isinstance(tensors[0], FakeTensor) and tensors[0].constant is None and name in _ASKED:
+        asked = tensors if name == "__contains__" else tensors[:1]
+        if name in _ASKED and any(isinstance(x, FakeTensor) and x.constant is None for x in asked):
             raise ModError(f"{_at(_user_line(), self.mod)}: {_ASKED[name]}")
         if any(isinstance(bound, FakeTensor) for leaf in leaves for bound in _bounds(leaf)):
             raise ModError(f"{_at(_user_line(), self.mod)}: {AS_BOUND}")
@@ -401,8 +402,12 @@ def _explained(error: Exception, mod: Callable[..., Any], kind: str) -> ModError
         or "is_nonzero" in text
     ):
         return ModError(f"{at}: {ON_THE_HOST}")
-    if outside := re.search(r"index (-?\d+) .*out of (?:bounds|range) .*(?:size (\d+)|of size \[)", text):
-        axis = f"an axis of {outside[2]}" if outside[2] else "its axis"
+    outside = re.match(
+        r"(?:select\(\): )?index (-?\d+) (?:is )?out of (?:bounds|range) for (?:dimension|tensor) .*", text
+    )
+    if isinstance(error, IndexError) and outside:
+        size = re.search(r"with size (\d+)$", text)
+        axis = f"an axis of {size[1]}" if size else "its axis"
         return ModIndexError(
             f"{at}: index {outside[1]} into {axis}; read an element that is there, or capture a larger tensor"
         )

@@ -168,3 +168,80 @@ def test_a_mask_mod_set_later_holds_in_partly_visible_tiles(backend):
     other = packflex.flex_attention(q, k, v, block_mask=theirs, enable_gqa=True, backend="triton")
     torch.testing.assert_close(out, given)
     torch.testing.assert_close(out, other)
+
+
+# Given lists, and what may be set on a block mask
+
+
+def checkered(b, h, q_idx, kv_idx):
+    return (q_idx // 16 + kv_idx // 16) % 2 == 0
+
+
+def listed_masks():
+    whole = packflex.create_block_mask(checkered, None, None, 64, 64, "cpu", 16)
+    changed = packflex.create_block_mask(checkered, None, None, 64, 64, "cpu", 16)
+    changed.mask_mod = lambda b, h, q_idx, kv_idx: q_idx >= kv_idx
+    part = whole[:, :, 1:3]
+    part.mask_mod, part.seq_lengths = (lambda b, h, q_idx, kv_idx: checkered(b, h, q_idx + 16, kv_idx)), (32, 64)
+    theirs = torch_api.create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 64, 64, "cpu", 16)
+    given = packflex.BlockMask.from_kv_blocks(whole.kv_num_blocks, whole.kv_indices, BLOCK_SIZE=16)
+    return {"torch's": theirs, "given": given, "changed": changed, "slice": part}
+
+
+@pytest.mark.parametrize("name", ["torch's", "given", "changed", "slice"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_given_lists_compile_into_one_graph(name, compiler):
+    mask = listed_masks()[name]
+    k, v = torch.randn(2, 1, 2, 64, 16)
+    q = torch.randn(1, 2, mask.seq_lengths[0], 16)
+
+    def attend(q, k, v):
+        return packflex.flex_attention(q, k, v, block_mask=mask)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=compiler, fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
+
+
+def test_a_mask_mod_under_given_lists_is_refused_by_its_own_line():
+    lists = listed_masks()["given"]
+    q = torch.randn(1, 2, 64, 16)
+    for mod, error, text in [
+        (lambda b, h, q: q > 1, TypeError, "takes .b, h, q., and is called with 4"),
+        (lambda b, h, q, kv: (q >= kv).float(), TypeError, "bool"),
+    ]:
+        mask = packflex.BlockMask.from_kv_blocks(lists.kv_num_blocks, lists.kv_indices, None, None, 16, mod)
+        with pytest.raises(error, match=rf"(?s)test_torch_code\.py.*{text}|{text}.*test_torch_code\.py") as found:
+            packflex.flex_attention(q, q, q, block_mask=mask)
+        assert "block_mask.py" not in str(found.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_shorter_lengths_hide_what_lies_past_them(backend):
+    whole = packflex.create_block_mask(checkered, None, None, 64, 48, "cpu", 16)
+    whole.seq_lengths = (60, 45)
+    q, k, v = torch.randn(1, 2, 60, 16), torch.randn(1, 2, 45, 16), torch.randn(1, 2, 45, 16)
+    seen = checkered(0, 0, torch.arange(60)[:, None], torch.arange(45))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    found = packflex.flex_attention(q, k, v, block_mask=whole, backend=backend)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_of_intervals_is_not_changed_unnoticed():
+    mask = packflex.create_block_mask(packflex.masks.causal, None, None, 64, 64, "cpu", 16)
+    assert mask.kv_intervals is not None
+    mask.mask_mod, mask.seq_lengths = mask.mask_mod, (64, 64)
+    with pytest.raises(ValueError, match=r"holds intervals, which its mask_mod does not change.*create_block_mask"):
+        mask.mask_mod = checkered
+    with pytest.raises(ValueError, match=r"intervals of \(64, 64\) queries and keys, not of \(1, 64\)"):
+        mask.seq_lengths = (1, 64)
+
+
+def test_lengths_forgotten_on_a_slice():
+    part = packflex.create_block_mask(checkered, None, None, 64, 64, "cpu", 16)[:, :, 0]
+    part.mask_mod = checkered
+    q = torch.randn(1, 1, 64, 16)
+    with pytest.raises(ValueError, match=r"lists 1 tiles of queries where 64 .* need 4: of a sliced mask set seq_len"):
+        packflex.flex_attention(q[:, :, :16], q, q, block_mask=part)
+    with pytest.raises(IndexError, match="keeps its rows, heads and tiles"):
+        packflex.create_block_mask(checkered, None, None, 64, 64, "cpu", 16)[None]

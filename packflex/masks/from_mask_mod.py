@@ -73,10 +73,9 @@ def create_block_mask(
     shape = (batch, heads, Q_LEN, KV_LEN)
     if torch.compiler.is_compiling():
         mask = _mask_of_lists(shape, tile, mask_mod, _tiles_by_rows(mask_mod, None, shape, tile, device))
-    elif check_bounds:
-        check_reads(mask_mod, "mask", shape, device)
-        mask = _created(mask_mod, shape, tile, device)
     else:
+        if check_bounds:
+            check_reads(mask_mod, "mask", shape, device)
         try:
             mask = _created(mask_mod, shape, tile, device)
         except IndexError as error:

@@ -70,7 +70,7 @@ class ForwardCase:
         self.out = dense_bhsd_view(q_shape, dtype, rows)
         self.order = WorkOrder((2, batch, q_len), intervals_strides, positions, tile.block_n)
         self.sizes = (intervals_strides[1], q_len, count, units, section, total)
-        programs = min(total, multiprocessors(device) * tile.per_sm) if tile.persistent else total
+        programs = programs_of(tile, total, device)
         constants = forward_constants(tile, head_dim, group, softcap, sinks_dtype is not None, functions)
         self.launch = FixedLaunch(_hopper_fwd_kernel, (programs, 1, 1), constants, **launch_options(tile))
 
@@ -143,7 +143,7 @@ class BackwardCase:
         self.prepare = FixedLaunch(_hopper_bwd_prepare_kernel, positions, constants, num_warps=4)
         of_rows = (*out_strides[:3], *grad_out_strides[:3], *(grad_lse_strides or (0, 0, 0)))
         self.prepared = (*of_rows, q_len, heads, stride_copy)
-        programs = min(total, multiprocessors(device) * tile.per_sm) if tile.persistent else total
+        programs = programs_of(tile, total, device)
         constants = backward_constants(tile, head_dim, group, softcap, functions)
         self.launch = FixedLaunch(_hopper_bwd_kernel, (programs, 1, 1), constants, **launch_options(tile))
 
@@ -218,6 +218,11 @@ def backward_boxes(tile: BackwardTile, head_dim: int, group: int) -> dict[str, t
 def launch_options(tile: ForwardTile | BackwardTile) -> dict[str, int]:
     """A kernel's launch options."""
     return {"num_warps": 4} if tile.max_registers is None else {"num_warps": 4, "maxnreg": tile.max_registers}
+
+
+def programs_of(tile: ForwardTile | BackwardTile, total: int, device: torch.device) -> int:
+    """Programs for `total` work items: one each, or as many persistent ones as run at a time."""
+    return min(total, multiprocessors(device) * tile.per_sm) if tile.persistent else total
 
 
 @lru_cache(maxsize=64)

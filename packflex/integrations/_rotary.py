@@ -37,10 +37,16 @@ def keep_rotary_tables(model: nn.Module) -> None:
 
 def _keep(module: nn.Module, args: tuple[Any, ...], tables: Any) -> Any:
     """Forward hook, for `(cos, sin)` of several tokens, which learn nothing; what else is returned stays as it is."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not isinstance(tables, tuple):
+    if not torch.compiler.is_compiling() or _is_exporting() or not isinstance(tables, tuple):
         return tables
     if not all(isinstance(table, Tensor) and not table.requires_grad for table in tables):
         return tables
     if any(table.dim() < 2 or table.shape[-2] == 1 for table in tables):  # generation: cheaper anew than an op's call
         return tables
     return tuple(kept_table(table) for table in tables)
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    """Asked by Python while a compiler traces: torch 2.11's answers True in whatever torch.compile traces itself."""
+    return torch.compiler.is_exporting()

@@ -25,6 +25,7 @@ import time
 from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,11 @@ def step_flops(model: Any, rows: list[list[np.ndarray]]) -> float:
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run one mode: warm-up, then timed steps. Medians over steps."""
+    """Run one mode: warm-up, then timed steps. Medians over steps.
+
+    As in a training loop, the host waits for nothing: batches lie ready in pinned memory, losses are read at the end,
+    and a step is the time from its predecessor's last kernel to its own.
+    """
     mode, device = MODES[name], torch.device(arguments.device)
     check_available(mode, device)
     cuda = device.type == "cuda"
@@ -195,34 +200,35 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
     options = {} if mode.attention == "packflex" else {"use_cache": False}  # HF detects packing without a cache only
 
-    rates, times, flop_rates, losses = [], [], [], []
-    peak = 0
-    for index, rows in enumerate(steps):
-        batches = micro_batches(mode, rows, arguments)
-        if cuda:
-            batches = [{k: v.pin_memory() if hasattr(v, "pin_memory") else v for k, v in b.items()} for b in batches]
-            torch.cuda.synchronize()
-            if index == arguments.warmup:
+    prepared = [_prepare(mode, rows, arguments, device) for rows in steps]
+    ends, losses = [], []
+    for index, (batches, count) in enumerate(prepared):
+        if index == arguments.warmup:
+            if cuda:
                 torch.cuda.reset_peak_memory_stats()
-        # a tensor: a number would be part of the compiled graph
-        count = torch.tensor(sum(len(document) - 1 for row in rows for document in row), device=device)
-        clock = _Clock(cuda)
+            ends.append(_mark(cuda))
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
         for batch in batches:
-            loss = model(**to_device(batch, device), **options, num_items_in_batch=count).loss
+            moved = to_device(batch, device)
+            if mode.compiled and mode.batch == "padded":  # one compilation for all sizes, and one for single documents
+                for tensor in moved.values():
+                    torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))
+            loss = model(**moved, **options, num_items_in_batch=count).loss
             loss.backward()
             total += loss.detach()
         optimizer.step()
-        seconds = clock.stop()
-        losses.append(total.item())
+        losses.append(total)
         if index >= arguments.warmup:
-            tokens = sum(len(document) for row in rows for document in row)
-            times.append(seconds)
-            rates.append(tokens / seconds)
-            flop_rates.append(step_flops(model, rows) / seconds)
+            ends.append(_mark(cuda))
     if cuda:
-        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.synchronize()
+    times = [_seconds(begin, end) for begin, end in pairwise(ends)]
+    timed = steps[arguments.warmup :]
+    rates = [sum(len(d) for row in rows for d in row) / t for rows, t in zip(timed, times, strict=True)]
+    flop_rates = [step_flops(model, rows) / t for rows, t in zip(timed, times, strict=True)]
+    losses = [loss.item() for loss in losses]
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
     if not math.isfinite(losses[0]):
         raise RuntimeError(f"the loss is {losses[0]} at the first step")
     top = peak_flops(arguments, device)
@@ -236,21 +242,30 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-class _Clock:
-    """Seconds of device time by CUDA events, of wall time elsewhere."""
+def _prepare(
+    mode: Mode, rows: list[list[np.ndarray]], arguments: argparse.Namespace, device: torch.device
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """A step's batches, in pinned memory for a GPU, and on the device the number of tokens that have a label."""
+    batches = micro_batches(mode, rows, arguments)
+    if device.type == "cuda":
+        batches = [{k: v.pin_memory() if hasattr(v, "pin_memory") else v for k, v in b.items()} for b in batches]
+    # a tensor: a number would be part of the compiled graph
+    return batches, torch.tensor(sum(len(document) - 1 for row in rows for document in row), device=device)
 
-    def __init__(self, cuda: bool) -> None:
-        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
-        self.began = time.perf_counter()
-        if self.events:
-            self.events[0].record()
 
-    def stop(self) -> float:
-        if not self.events:
-            return time.perf_counter() - self.began
-        self.events[1].record()
-        self.events[1].synchronize()
-        return self.events[0].elapsed_time(self.events[1]) / 1000
+def _mark(cuda: bool) -> torch.cuda.Event | float:
+    """This moment on the device's stream, or by the clock where there is none."""
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    if isinstance(begin, torch.cuda.Event):
+        return begin.elapsed_time(end) / 1000
+    return end - begin
 
 
 def peak_flops(arguments: argparse.Namespace, device: torch.device) -> float | None:

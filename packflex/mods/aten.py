@@ -82,11 +82,12 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         buffer = torch.exp(-torch.abs(x))  # what the derivative's rule takes it for off CUDA
         return torch.clamp_max(x, 0) - torch.log1p(buffer), buffer
 
-    def hardshrink_backward(grad: Any, x: Any, limit: float) -> Any:
+    def shrink_backward(grad: Any, x: Any, limit: float) -> Any:
         return torch.where((x >= -limit) & (x <= limit), 0.0, grad)
 
     table[aten.log_sigmoid_forward.default] = log_sigmoid_forward  # torch's makes a buffer of another shape on CUDA
-    table[aten.hardshrink_backward.default] = hardshrink_backward
+    table[aten.hardshrink_backward.default] = shrink_backward
+    table[aten.softshrink_backward.default] = shrink_backward
     return table
 
 

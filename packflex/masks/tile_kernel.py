@@ -296,7 +296,7 @@ class _Bounds:
         if node.deps <= {"b", "h"}:
             text = self.printer.text(node)
             return (f"({text})", f"({text} == 0)") if node.dtype == torch.bool else (text, text)
-        args = [self.known[id(arg)] for arg in node.args]
+        args = [self.known.get(id(arg)) for arg in node.args]  # a float of one axis has none yet
         wraps = self.note_possible(node)
         if wraps:
             if node.dtype == torch.int64:

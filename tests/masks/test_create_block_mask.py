@@ -80,6 +80,20 @@ def test_batch_and_heads(batch, heads, block):
     assert_same_lists(by_tile_kernel(mask_mod, (batch or 1, heads or 1, 100, 70), tile), theirs)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: lambda b, h, q, k: x[q] > 0,
+        lambda x: lambda b, h, q, k: (x[k] * 2 <= 0.1) & (q >= k),
+        lambda x: lambda b, h, q, k: (x[q] > 0) | (x[k] < -1),
+    ],
+)
+def test_floats_of_one_axis(make):
+    mask_mod = make(torch.randn(200, generator=torch.Generator().manual_seed(0)).cumsum(0))
+    theirs = torch_create_block_mask(mask_mod, None, None, 200, 150, device="cpu", BLOCK_SIZE=32)
+    assert_same_lists(by_tile_kernel(mask_mod, (1, 1, 200, 150), (32, 32)), theirs)
+
+
 def test_constant_masks():
     for value in (True, False):
         ours = by_tile_kernel(lambda b, h, q_idx, kv_idx, value=value: value, (1, 1, 64, 40), (32, 32))

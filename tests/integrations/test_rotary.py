@@ -7,19 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._inductor.utils import run_and_get_code
 
-from packflex import PackedLayout
 from packflex.integrations._rotary import _keep
 from packflex.integrations.transformers import enable_packflex
-from packflex.testing.families import FAMILIES, VOCAB, tiny_model
-
-LAYOUT = PackedLayout.from_lengths([[9, 14, 1, 8], [20, 11]], seq_len=36)
-IDS = torch.randint(3, VOCAB, (2, 36), generator=torch.Generator().manual_seed(1))
-
-
-def rotary_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+from packflex.testing.families import FAMILIES, tiny_model
+from tests.integrations.rotary_code import IDS, LAYOUT, compiled_code, rotary_modules
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,23 +40,10 @@ def test_every_family_keeps_its_tables(family: str) -> None:
     assert len(kept) == 2 * len(cosines), "cosines and sines of each table"
 
 
-def sines_in_compiled_code(keep: bool) -> int:
-    """Of a model of three layers, forward and backward; code out of a cache would not be shown."""
-    model = tiny_model("llama", num_hidden_layers=3).train()
-    enable_packflex(model)
-    if not keep:
-        for module in rotary_modules(model):
-            module._forward_hooks.clear()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
-    with torch._functorch.config.patch(enable_autograd_cache=False), torch._inductor.config.patch(fx_graph_cache=False):
-        codes = run_and_get_code(lambda: compiled(IDS, labels=IDS, packed=LAYOUT).loss.backward())[1]
-    return sum(code.count(".sin()") for code in codes)
-
-
 def test_sines_are_computed_once() -> None:
-    assert sines_in_compiled_code(keep=True) == 1
-    assert sines_in_compiled_code(keep=False) > 3, "what this is for: the compiler computes them in every layer"
+    kept, lost = (sum(code.count(".sin()") for code in compiled_code("cpu", keep)) for keep in (True, False))
+    assert kept == 1
+    assert lost > 3, "what this is for: the compiler computes them in every layer"
 
 
 def test_other_embeddings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

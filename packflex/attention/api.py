@@ -11,6 +11,7 @@ from torch import Tensor
 from packflex.attention import ops, reference
 from packflex.attention.hopper import support
 from packflex.attention.reference import ScoreMod
+from packflex.integers import ceil_div
 from packflex.masks.block_mask import BlockMask
 
 BACKENDS = ("hopper", "triton", "torch", "reference")
@@ -208,7 +209,7 @@ def _as_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> BlockMask | N
         block_mask = BlockMask.from_torch(block_mask)
     wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     batch, heads, *lengths = block_mask.shape
-    rows, needed = block_mask.listed_rows, -(-lengths[0] // block_mask.BLOCK_SIZE[0])
+    rows, needed = block_mask.listed_rows, ceil_div(lengths[0], block_mask.BLOCK_SIZE[0])
     if rows is not None and rows != needed:
         raise ValueError(
             f"block_mask lists {rows} tiles of queries where {lengths[0]} queries in tiles of "
